@@ -1,0 +1,19 @@
+"""The options of X-MoE. Each field's docstring becomes the `--help` text of its command-line option."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class XMoEConfig:
+    """Options of the X-MoE backend for Mixture-of-Experts layers (all start with --xmoe, except the switch)."""
+
+    moe_backend: Literal["megatron", "xmoe"] = "megatron"
+    """Who computes the Mixture-of-Experts layers. 'megatron' leaves Megatron-Core's own MoELayer in place. 'xmoe'
+    replaces it by X-MoE's layer: the same router, experts, losses and checkpoints, but only routed rows are stored
+    and sent (padding-free token buffers). Checkpoints move between the two in both directions."""
+
+    xmoe_kernels: Literal["auto", "reference"] = "auto"
+    """Implementation of routing and row movement. 'auto' takes the fastest one that can run here and says at
+    start-up which and why; a name pins one, and the run stops if it cannot be used. 'reference' is plain torch and
+    runs everywhere."""

@@ -1,0 +1,35 @@
+"""What a dispatch leaves behind for its combine."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class DispatchState:
+    """Metadata of one pass through a layer: T tokens, K routes a token, N rows sent, M rows received, G ranks."""
+
+    hidden_shape: torch.Size
+    """Shape of the layer's input, [S, B, H]."""
+
+    inverse: Tensor
+    """[T, K] int64: the sent row of a token's k-th route, -1 where it has none."""
+
+    token_ids: Tensor
+    """[N] int64: the token of each sent row."""
+
+    input_splits: list[int]
+    """Rows sent to each of the G ranks; sums to N."""
+
+    output_splits: list[int]
+    """Rows received from each of the G ranks; sums to M."""
+
+    tokens_per_expert: Tensor
+    """[E / G] int64 on the CPU: received rows of each local expert; sums to M."""
+
+    expert_order: Tensor | None
+    """[M] int64: received row of each expert-major position; None where the order is the same already."""
+
+    arrival_order: Tensor | None
+    """[M] int64: expert-major position of each received row, the inverse of `expert_order`."""

@@ -1,0 +1,1 @@
+"""Implementations of the primitives, and the choice among them."""

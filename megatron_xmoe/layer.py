@@ -1,0 +1,46 @@
+"""X-MoE's Mixture-of-Experts layer."""
+
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_xmoe.config import XMoEConfig
+from megatron_xmoe.dispatch import AllToAllDispatcher
+
+
+class XMoELayer(MoELayer):
+    """Megatron's MoELayer with a padding-free dispatcher.
+
+    Router, experts, shared experts, losses and the stages of the forward pass are Megatron's own; names and shapes
+    of parameters are unchanged, so checkpoints move between the two.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        submodules: MoESubmodules | None = None,
+        layer_number: int | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+        is_mtp_layer: bool = False,
+        name: str | None = None,
+        xmoe: XMoEConfig | None = None,
+    ):
+        """Args are those of MoELayer, and `xmoe`, the options of X-MoE (defaults if None).
+
+        Raises:
+            ValueError: expert tensor parallelism.
+        """
+        if pg_collection is None:
+            pg_collection = get_default_pg_collection()
+        super().__init__(
+            config=config,
+            submodules=submodules,
+            layer_number=layer_number,
+            pg_collection=pg_collection,
+            is_mtp_layer=is_mtp_layer,
+            name=name,
+        )
+        self.xmoe = xmoe or XMoEConfig(moe_backend="xmoe")
+        # MoELayer builds one of its own dispatchers and has no seam for another
+        self.token_dispatcher = AllToAllDispatcher(self.num_local_experts, config, pg_collection)

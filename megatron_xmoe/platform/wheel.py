@@ -1,0 +1,97 @@
+"""What the megatron-core wheel cannot do as shipped, GPU or not, when Transformer Engine and Apex are missing."""
+
+import functools
+import importlib.util
+
+import torch
+
+from megatron_xmoe.platform.patching import Replacement, apply
+
+
+def install() -> list[Replacement]:
+    """Put the repairs in place; a second call changes nothing. Returns them for the start-up report.
+
+    Raises:
+        RuntimeError: a symbol to replace does not exist in the installed version.
+    """
+    apply(REPLACEMENTS)
+    return list(REPLACEMENTS)
+
+
+def _compile_only_when_missing(original):
+    @functools.wraps(original)
+    def compile_helpers():
+        if importlib.util.find_spec("megatron.core.datasets.helpers_cpp") is None:
+            original()
+
+    return compile_helpers
+
+
+def _allocate_state_before_it_is_described(original):
+    """DistributedOptimizer.state_dict for torch's Adam, also before the first step.
+
+    A resume describes the state that it is about to load, and stock Megatron asserts that torch's optimizer has
+    exactly one step count by then. Before the first step it has no state at all: give every parameter the state
+    that its first step would have made, with 0 steps done. The values are overwritten by what is loaded.
+    """
+
+    @functools.wraps(original)
+    def state_dict(self):
+        inner = self.optimizer
+        if isinstance(inner, torch.optim.Adam | torch.optim.AdamW) and not inner.state:
+            for group in inner.param_groups:
+                for parameter in group["params"]:
+                    inner.state[parameter] = {
+                        "step": torch.tensor(0.0),
+                        "exp_avg": torch.zeros_like(parameter),
+                        "exp_avg_sq": torch.zeros_like(parameter),
+                    }
+        return original(self)
+
+    return state_dict
+
+
+def _step_count_of_its_own(original):
+    """DistributedOptimizer.load_state_dict, after which every parameter has its own step count.
+
+    The stock function puts one tensor into every parameter's state; torch's Adam increments it in place, once per
+    parameter, so that the bias correction after a resume would be that of a much later step.
+    """
+
+    @functools.wraps(original)
+    def load_state_dict(self, state_dict):
+        original(self, state_dict)
+        for state in self.optimizer.state.values():
+            if torch.is_tensor(state.get("step")):
+                state["step"] = state["step"].clone()
+
+    return load_state_dict
+
+
+def _step_count_is_not_sharded(original):
+    """The loader of one parameter's states, told that a missing step count is no tensor to copy.
+
+    It walks over all tensors of the optimizer's state; torch's Adam keeps the step count among them, and what is
+    loaded per parameter does not contain it (load_state_dict restores it before).
+    """
+
+    @functools.wraps(original)
+    def set_states(self, model_param, tensors):
+        return original(self, model_param, {"step": None, **tensors})
+
+    return set_states
+
+
+_OPTIMIZER = "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer"
+_RESUME = "the distributed optimizer cannot resume with torch's Adam"
+
+REPLACEMENTS = [
+    Replacement(
+        "megatron.core.datasets.utils:compile_helpers",
+        _compile_only_when_missing,
+        "the wheel ships the compiled index builder, but not the Makefile that Megatron runs for it",
+    ),
+    Replacement(f"{_OPTIMIZER}.state_dict", _allocate_state_before_it_is_described, _RESUME),
+    Replacement(f"{_OPTIMIZER}.load_state_dict", _step_count_of_its_own, _RESUME),
+    Replacement(f"{_OPTIMIZER}._set_main_param_and_optimizer_states", _step_count_is_not_sharded, _RESUME),
+]

@@ -1,0 +1,53 @@
+"""The command line: Megatron's own parser with one group for X-MoE, and which options the user really gave."""
+
+import argparse
+import copy
+import sys
+from dataclasses import fields
+
+from megatron.training.argument_utils import ArgumentGroupFactory
+from megatron.training.arguments import parse_args
+
+from megatron_xmoe.config import XMoEConfig
+
+
+def add_xmoe_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add the options of XMoEConfig to a parser, as a group of their own."""
+    ArgumentGroupFactory(XMoEConfig).build_group(parser, title="X-MoE")
+    return parser
+
+
+def xmoe_config_from_args(args: argparse.Namespace) -> XMoEConfig:
+    """The X-MoE options in parsed arguments."""
+    return XMoEConfig(**{field.name: getattr(args, field.name) for field in fields(XMoEConfig)})
+
+
+def parse() -> tuple[argparse.Namespace, set[str], dict[str, object]]:
+    """Parse the command line with Megatron's parser.
+
+    Returns:
+        The arguments; the names (destinations) that the command line gave; every option's default.
+    """
+    built: list[argparse.ArgumentParser] = []
+
+    def extra_args_provider(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+        parser.prog = "pretrain_xmoe.py"
+        parser.description = (
+            "Pretrain a GPT model, dense or Mixture-of-Experts, with Megatron-Core's training loop. Every option of "
+            "Megatron's GPT pretraining is here; the group 'X-MoE' at the end is ours. Start it with torchrun, one "
+            "process per GPU (or as many as you like on a machine without one)."
+        )
+        built.append(add_xmoe_arguments(parser))
+        return built[0]
+
+    args = parse_args(extra_args_provider)
+    defaults = {action.dest: action.default for action in built[0]._actions}
+    return args, _given(built[0], sys.argv[1:]), defaults
+
+
+def _given(parser: argparse.ArgumentParser, argv: list[str]) -> set[str]:
+    """Destinations that `argv` sets, found by parsing it once more without any defaults."""
+    parser = copy.copy(parser)
+    for action in parser._actions:
+        action.default = argparse.SUPPRESS
+    return set(vars(parser.parse_args(argv)))

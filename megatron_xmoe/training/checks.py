@@ -1,0 +1,221 @@
+"""Checks of the command line, the data and the checkpoint, made on every rank before any of them can wait for another.
+
+Each raises UsageError with the value, the rule and the fix. Megatron's own assertions come later, some of them on one
+rank only while the others wait in a collective.
+"""
+
+import argparse
+import json
+import warnings
+from pathlib import Path
+
+from megatron.core import dist_checkpointing
+from megatron.core.datasets.indexed_dataset import IndexedDataset, get_bin_path, get_idx_path
+from megatron.training.vocab_utils import calculate_padded_vocab_size
+from megatron.training.utils import get_blend_and_blend_per_split
+
+from megatron_xmoe.training.errors import UsageError, one_line
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """What the numbers on the command line must satisfy, in the order a user would think of them.
+
+    Raises:
+        UsageError: the first rule that does not hold.
+    """
+    if args.moe_backend == "xmoe" and not args.num_experts:
+        raise UsageError(
+            "--moe-backend xmoe for a model without experts. Fix: add --num-experts N, or leave --moe-backend out"
+        )
+    for name in ("num_layers", "hidden_size", "num_attention_heads", "seq_length", "micro_batch_size"):
+        value = getattr(args, name)
+        if value is None or value < 1:
+            raise UsageError(f"--{name.replace('_', '-')} is {value}; it must be a positive number. Fix: give it")
+    if args.tokenizer_type is None:
+        raise UsageError(
+            "--tokenizer-type is missing. Fix: give the tokenizer of the data, or NullTokenizer with --vocab-size for "
+            "--mock-data"
+        )
+    _divides("tensor x pipeline x context parallel size", _model_size(args), "the number of processes",
+             args.world_size, "change --nproc-per-node or the parallel sizes")  # fmt: skip
+    if args.num_experts:
+        _check_experts(args)
+    _divides("--tensor-model-parallel-size", args.tensor_model_parallel_size, "--num-attention-heads",
+             args.num_attention_heads, "change one of them")  # fmt: skip
+    data_parallel = args.world_size // _model_size(args)
+    if args.global_batch_size is not None:
+        _divides("--micro-batch-size x data-parallel size", args.micro_batch_size * data_parallel,
+                 "--global-batch-size", args.global_batch_size, "change one of them")  # fmt: skip
+    if args.sequence_parallel:
+        _divides("--tensor-model-parallel-size", args.tensor_model_parallel_size, "--seq-length", args.seq_length,
+                 "change one of them")  # fmt: skip
+
+
+def _model_size(args: argparse.Namespace) -> int:
+    return args.tensor_model_parallel_size * args.pipeline_model_parallel_size * args.context_parallel_size
+
+
+def _check_experts(args: argparse.Namespace) -> None:
+    experts, topk = args.num_experts, args.moe_router_topk
+    if experts < 1:
+        raise UsageError(f"--num-experts is {experts}; it must be positive. Fix: give a positive number")
+    if not 1 <= topk <= experts:
+        raise UsageError(
+            f"--moe-router-topk is {topk}; it must be between 1 and --num-experts, {experts}. Fix: change one of them"
+        )
+    _divides("--expert-model-parallel-size", args.expert_model_parallel_size, "--num-experts", experts,
+             "change one of them")  # fmt: skip
+    expert_tensor = args.expert_tensor_parallel_size or args.tensor_model_parallel_size
+    size = args.expert_model_parallel_size * expert_tensor * args.pipeline_model_parallel_size
+    _divides("expert x expert-tensor x pipeline parallel size", size, "the number of processes", args.world_size,
+             "change --nproc-per-node or the parallel sizes")  # fmt: skip
+
+
+def _divides(divisor_name: str, divisor: int, name: str, value: int, fix: str) -> None:
+    if divisor < 1 or value % divisor:
+        raise UsageError(f"{name}, {value}, is not divisible by {divisor_name}, {divisor}. Fix: {fix}")
+
+
+def check_data(args: argparse.Namespace, vocab_size: int | None) -> None:
+    """Every data set exists, is whole, and was made with this vocabulary.
+
+    Args:
+        args: validated arguments.
+        vocab_size: of the tokenizer, without padding; None if it does not say.
+
+    Raises:
+        UsageError: names the first file that is wrong.
+    """
+    if args.mock_data or args.skip_train:
+        return
+    try:
+        blend, blend_per_split = get_blend_and_blend_per_split(args)
+    except OSError as error:
+        raise UsageError(f"the list of data sets cannot be read: {one_line(error)}. Fix: check the path") from error
+    blends = [blend] if blend else list(blend_per_split or [])
+    prefixes = [prefix for one in blends if one for prefix in one[0]]
+    if not prefixes:
+        raise UsageError("no training data. Fix: give --data-path PREFIX (without .bin), or --mock-data")
+    for prefix in prefixes:
+        if "://" not in prefix:  # object stores are read by Megatron's own readers
+            _check_prefix(prefix, vocab_size)
+
+
+def _check_prefix(prefix: str, vocab_size: int | None) -> None:
+    for path in map(Path, (get_idx_path(prefix), get_bin_path(prefix))):
+        if not path.is_file():
+            raise UsageError(
+                f"data file {path} does not exist. Fix: --data-path takes the prefix of a .bin/.idx pair made by "
+                "tools/preprocess_data.py, without the ending"
+            )
+    fix = "Fix: make the data set again with tools/preprocess_data.py"
+    try:
+        index = IndexedDataset(prefix, multimodal=False, mmap=True).index
+        pointers, lengths = index.sequence_pointers, index.sequence_lengths
+        expected = int(pointers[-1]) + int(lengths[-1]) * index.dtype_size if len(lengths) else 0
+    except Exception as error:  # a truncated index fails in numpy, struct or an assertion
+        raise UsageError(f"data file {get_idx_path(prefix)} is damaged ({one_line(error)}). {fix}") from error
+    size = Path(get_bin_path(prefix)).stat().st_size
+    if size != expected:
+        raise UsageError(
+            f"data file {get_bin_path(prefix)} has {size} bytes; its index says {expected}. {fix}"
+        )
+    if expected == 0:
+        raise UsageError(f"data set {prefix} holds no tokens. {fix}")
+    _check_sidecar(Path(f"{prefix}.json"), vocab_size)
+
+
+def _check_sidecar(path: Path, vocab_size: int | None) -> None:
+    """tools/preprocess_data.py notes the vocabulary next to the data; data from elsewhere has no such file."""
+    if vocab_size is None or not path.is_file():
+        return
+    try:
+        made_with = json.loads(path.read_text()).get("vocab_size")
+    except (ValueError, AttributeError):
+        return  # some other program's file
+    if isinstance(made_with, int) and made_with != vocab_size:
+        raise UsageError(
+            f"{path.with_suffix('')} was made with a vocabulary of {made_with}, the tokenizer has {vocab_size}. "
+            "Fix: use the tokenizer of the data, or make the data again"
+        )
+
+
+def check_checkpoint(args: argparse.Namespace, vocab_size: int | None) -> None:
+    """The checkpoint to load exists where one is demanded, can be read, and has this run's vocabulary and shape.
+
+    Megatron resizes embeddings silently when the vocabulary differs.
+
+    Raises:
+        UsageError: value, rule and fix.
+    """
+    for option in ("pretrained_checkpoint", "load"):
+        directory = getattr(args, option)
+        if directory is not None and "://" not in directory:
+            _check_one_checkpoint(args, f"--{option.replace('_', '-')}", Path(directory), vocab_size)
+
+
+def _check_one_checkpoint(args: argparse.Namespace, option: str, directory: Path, vocab_size: int | None) -> None:
+    tracker = directory / "latest_checkpointed_iteration.txt"
+    if not tracker.is_file():
+        if args.exit_on_missing_checkpoint or option == "--pretrained-checkpoint":
+            raise UsageError(f"{option} {directory} holds no checkpoint ({tracker.name} is missing). Fix: check it")
+        return  # Megatron starts from random weights and says so
+    step = tracker.read_text().strip()
+    if args.ckpt_step is not None:
+        step = str(args.ckpt_step)
+    name = step if step == "release" else f"iter_{int(step):07d}" if step.isdigit() else None
+    if name is None or not (directory / name).is_dir():
+        raise UsageError(
+            f"{option} {directory}: {tracker.name} or --ckpt-step names '{step}', and there is no such checkpoint. "
+            "Fix: put the directory back, or choose an iteration with --ckpt-step"
+        )
+    saved = _saved_arguments(option, directory / name)
+    if saved is not None and not args.moe_use_upcycling:
+        _compare(args, saved, f"{option} {directory / name}", vocab_size)
+
+
+def _saved_arguments(option: str, directory: Path) -> argparse.Namespace | None:
+    """The arguments that a torch_dist checkpoint was saved with; None for other formats."""
+    if not dist_checkpointing.check_is_distributed_checkpoint(str(directory)):
+        return None
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch notes that no process group exists yet
+            return dist_checkpointing.load_common_state_dict(str(directory)).get("args")
+    except Exception as error:  # torch, pickle and the file system fail in many ways on a damaged file
+        raise UsageError(
+            f"{option} {directory} cannot be read ({one_line(error)}). Fix: use another checkpoint (--ckpt-step)"
+        ) from error
+
+
+def _compare(args: argparse.Namespace, saved: argparse.Namespace, where: str, vocab_size: int | None) -> None:
+    names = ["num_layers", "hidden_size", "num_attention_heads", "num_experts"]
+    if args.num_experts:
+        names.append("moe_ffn_hidden_size")
+    differences = [
+        (name, getattr(saved, name), getattr(args, name))
+        for name in names
+        if hasattr(saved, name) and getattr(saved, name) != getattr(args, name)
+    ]
+    if vocab_size is not None:
+        differences[:0] = _vocabulary_difference(saved, vocab_size)
+    if differences:
+        name, before, now = differences[0]
+        raise UsageError(
+            f"{where} has {name} {before}, this run has {now}. Fix: use the checkpoint's value (the tokenizer decides "
+            "the vocabulary), or another checkpoint"
+        )
+
+
+def _vocabulary_difference(saved: argparse.Namespace, vocab_size: int) -> list[tuple[str, int, int]]:
+    """Exact where our entry noted the vocabulary; for stock checkpoints by the padded size it leads to."""
+    noted = getattr(saved, "xmoe_vocab_size", None)
+    if noted is not None:
+        return [("vocabulary", noted, vocab_size)] if noted != vocab_size else []
+    padded = getattr(saved, "padded_vocab_size", None)
+    if padded is None:
+        return []
+    would_be = calculate_padded_vocab_size(
+        vocab_size, saved.make_vocab_size_divisible_by, saved.tensor_model_parallel_size, logging_enabled=False
+    )
+    return [("padded vocabulary", padded, would_be)] if would_be != padded else []

@@ -1,0 +1,149 @@
+"""From the command line to Megatron's training loop."""
+
+import os
+import socket
+import sys
+import time
+import traceback
+import warnings
+from collections.abc import Callable
+
+from megatron_xmoe.platform import cpu, wheel
+from megatron_xmoe.training.errors import UsageError, is_users, one_line
+
+
+def main(program_start: float) -> int:
+    """Run `pretrain_xmoe.py`; returns the exit code. What a user caused is one line on standard error."""
+    _quieten()
+    try:
+        _alone_without_launcher()
+        on_cpu = cpu.needed()
+        stand_ins = cpu.install() if on_cpu else []
+        wheel.install()
+        job = prepare(on_cpu, len(stand_ins))
+    except Exception as error:  # nothing is shared between ranks yet: each fails for itself, and all for the same reason
+        return _fail(error, in_preparation=True)
+    try:
+        job(program_start)
+    except Exception as error:
+        code = _fail(error, in_preparation=False)
+        # leave at once: a normal exit would wait in collectives for ranks that are still training
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return 0
+
+
+def prepare(on_cpu: bool, stand_ins: int) -> Callable[[float], None]:
+    """Parse, adjust and check the command line, and set Megatron up with the chosen backend.
+
+    Returns:
+        A function of the program's start time that runs the training.
+
+    Raises:
+        UsageError: something of the user's that cannot work.
+    """
+    from megatron.training import get_args, get_tokenizer
+    from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
+    from megatron.training.arguments import validate_args
+    from megatron.training.checkpointing import load_args_from_checkpoint
+    from megatron.training.global_vars import set_global_variables
+
+    from megatron_xmoe.backend import apply_moe_backend
+    from megatron_xmoe.training import checks
+    from megatron_xmoe.training.arguments import parse, xmoe_config_from_args
+    from megatron_xmoe.training.defaults import adjust
+    from megatron_xmoe.training.options import check_options
+    from megatron_xmoe.training.report import print_report
+
+    args, given, defaults = parse()
+    if args.use_checkpoint_args:
+        load_args_from_checkpoint(args)
+    adjustments = adjust(args, given, on_cpu)
+    checks.check_arguments(args)
+    check_options(args, given, defaults)
+    validate_args(args)
+    set_global_variables(args)
+    args = get_args()
+    args.xmoe_vocab_size = getattr(get_tokenizer(), "vocab_size", None)  # checkpoints keep it, for check_checkpoint
+    checks.check_data(args, args.xmoe_vocab_size)
+    checks.check_checkpoint(args, args.xmoe_vocab_size)
+
+    xmoe = xmoe_config_from_args(args)
+    model_config = gpt_config_from_args(args)
+    apply_moe_backend(model_config, xmoe, _stock_spec(model_config.transformer_layer_spec))
+
+    def report(model_chunks):
+        print_report(xmoe, adjustments, stand_ins)
+        return model_chunks
+
+    model_config.post_wrap_hooks.append(report)
+    container = pretrain_cfg_container_from_args(args, model_config)
+    return lambda program_start: _train(container, program_start)
+
+
+def _stock_spec(chosen):
+    """The spec callable that Megatron would use: --spec's, or its own choice."""
+    import inspect
+
+    from megatron.training.models.gpt import default_layer_spec
+
+    def stock_spec(config, vp_stage):
+        if chosen is None:
+            return default_layer_spec(config, vp_stage)
+        if not callable(chosen):
+            return chosen
+        if "vp_stage" in inspect.signature(chosen).parameters:
+            return chosen(config, vp_stage=vp_stage)
+        return chosen(config)
+
+    return stock_spec
+
+
+def _train(container, program_start: float) -> None:
+    import torch.distributed as dist
+    from megatron.core.enums import ModelType
+    from megatron.training import pretrain, set_startup_timestamps
+
+    from megatron_xmoe.training.gpt_step import datasets_provider, forward_step
+
+    set_startup_timestamps(program_start=program_start, main_entry=time.time())
+    pretrain(container, datasets_provider, ModelType.encoder_or_decoder, forward_step)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _fail(error: Exception, in_preparation: bool) -> int:
+    """Print an error: one line for what a user caused, the traceback as well for anything else."""
+    rank = os.environ.get("RANK", "0")
+    if os.environ.get("XMOE_TRACEBACK") == "1" or not is_users(error, in_preparation):
+        traceback.print_exception(error)
+    print(f"pretrain_xmoe.py: error (rank {rank}): {one_line(error)}", file=sys.stderr, flush=True)
+    return 2 if isinstance(error, UsageError) else 1
+
+
+def _alone_without_launcher() -> None:
+    """Started without torchrun: one process, with a free port of its own.
+
+    Raises:
+        UsageError: Slurm started several tasks without telling them their ranks.
+    """
+    if "RANK" in os.environ or "WORLD_SIZE" in os.environ:
+        return
+    tasks = int(os.environ.get("SLURM_NTASKS", "1"))
+    if tasks > 1:
+        raise UsageError(
+            f"Slurm runs {tasks} tasks, but RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT are not set. "
+            "Fix: set them from SLURM_PROCID, SLURM_NTASKS, SLURM_LOCALID, or start torchrun"
+        )
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+
+
+def _quieten() -> None:
+    """Megatron warns at import about every optional package; the start-up block says what matters of it."""
+    warnings.filterwarnings("ignore", module=r"megatron\..*")
+    warnings.filterwarnings("ignore", message=".*[Aa]pex.*")
+    warnings.filterwarnings("ignore", message=".*Transformer Engine.*")

@@ -1,0 +1,5 @@
+"""Packaging entry; the metadata is in pyproject.toml. Compiled kernels (`megatron_xmoe._C`) hook in here."""
+
+from setuptools import setup
+
+setup()
