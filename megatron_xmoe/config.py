@@ -17,3 +17,7 @@ class XMoEConfig:
     """Implementation of routing and row movement. 'auto' takes the fastest one that can run here and says at
     start-up which and why; a name pins one, and the run stops if it cannot be used. 'reference' is plain torch and
     runs everywhere."""
+
+    xmoe_expert_load_file: str | None = None
+    """File for the load of each expert: at every logged iteration rank 0 appends a line of JSON with the number of
+    routes that each expert of each layer got since the line before. tools/plot_run.py draws it."""

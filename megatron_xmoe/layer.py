@@ -4,9 +4,11 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
 
 from megatron_xmoe.config import XMoEConfig
 from megatron_xmoe.dispatch import AllToAllDispatcher
+from megatron_xmoe.metrics import count_routes
 
 
 class XMoELayer(MoELayer):
@@ -44,3 +46,12 @@ class XMoELayer(MoELayer):
         self.xmoe = xmoe or XMoEConfig(moe_backend="xmoe")
         # MoELayer builds one of its own dispatchers and has no seam for another
         self.token_dispatcher = AllToAllDispatcher(self.num_local_experts, config, pg_collection)
+
+    def route(self, hidden_states: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Megatron's routing; also counts each expert's routes where that was asked for.
+
+        Args: hidden_states [S, B, H]; padding_mask [S, B] bool. Returns probs [T, E] and routing_map [T, E] bool.
+        """
+        probs, routing_map = super().route(hidden_states, padding_mask)
+        count_routes(self.layer_number, routing_map)
+        return probs, routing_map

@@ -27,6 +27,8 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise UsageError(
             "--moe-backend xmoe for a model without experts. Fix: add --num-experts N, or leave --moe-backend out"
         )
+    if args.moe_backend != "xmoe" and args.xmoe_expert_load_file:
+        raise UsageError("--xmoe-expert-load-file needs --moe-backend xmoe, whose layers count. Fix: add it")
     for name in ("num_layers", "hidden_size", "num_attention_heads", "seq_length", "micro_batch_size"):
         value = getattr(args, name)
         if value is None or value < 1:

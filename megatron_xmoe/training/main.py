@@ -50,6 +50,7 @@ def prepare(on_cpu: bool, stand_ins: int) -> Callable[[float], None]:
     from megatron.training.global_vars import set_global_variables
 
     from megatron_xmoe.backend import apply_moe_backend
+    from megatron_xmoe.metrics import install_expert_load_tracker
     from megatron_xmoe.training import checks
     from megatron_xmoe.training.arguments import parse, xmoe_config_from_args
     from megatron_xmoe.training.defaults import adjust
@@ -75,6 +76,10 @@ def prepare(on_cpu: bool, stand_ins: int) -> Callable[[float], None]:
 
     def report(model_chunks):
         print_report(xmoe, adjustments, stand_ins)
+        if xmoe.xmoe_expert_load_file:
+            install_expert_load_tracker(
+                xmoe.xmoe_expert_load_file, args.num_layers, args.num_experts, args.log_interval
+            )
         return model_chunks
 
     model_config.post_wrap_hooks.append(report)
