@@ -4,11 +4,13 @@ import argparse
 import copy
 import sys
 from dataclasses import fields
+from typing import NoReturn
 
 from megatron.training.argument_utils import ArgumentGroupFactory
 from megatron.training.arguments import parse_args
 
 from megatron_xmoe.config import XMoEConfig
+from megatron_xmoe.training.errors import UsageError
 
 
 def add_xmoe_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -37,12 +39,30 @@ def parse() -> tuple[argparse.Namespace, set[str], dict[str, object]]:
             "Megatron's GPT pretraining is here; the group 'X-MoE' at the end is ours. Start it with torchrun, one "
             "process per GPU (or as many as you like on a machine without one)."
         )
+        parser.error = _one_line_error
+        _repair_help(parser)
         built.append(add_xmoe_arguments(parser))
         return built[0]
 
     args = parse_args(extra_args_provider)
     defaults = {action.dest: action.default for action in built[0]._actions}
     return args, _given(built[0], sys.argv[1:]), defaults
+
+
+def _repair_help(parser: argparse.ArgumentParser) -> None:
+    """Some of Megatron's help texts hold a bare %, on which argparse's --help fails."""
+    formatter = parser._get_formatter()
+    for action in parser._actions:
+        try:
+            if action.help:
+                formatter._expand_help(action)
+        except (ValueError, TypeError, KeyError):
+            action.help = action.help.replace("%", "%%")
+
+
+def _one_line_error(message: str) -> NoReturn:
+    """Instead of argparse's own, which prints all of Megatron's 800 options before the error."""
+    raise UsageError(f"{message}. Fix: pretrain_xmoe.py --help lists the options")
 
 
 def _given(parser: argparse.ArgumentParser, argv: list[str]) -> set[str]:

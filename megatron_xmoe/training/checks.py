@@ -33,6 +33,7 @@ def check_arguments(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is None or value < 1:
             raise UsageError(f"--{name.replace('_', '-')} is {value}; it must be a positive number. Fix: give it")
+    _check_shape(args)
     if args.tokenizer_type is None:
         raise UsageError(
             "--tokenizer-type is missing. Fix: give the tokenizer of the data, or NullTokenizer with --vocab-size for "
@@ -45,12 +46,36 @@ def check_arguments(args: argparse.Namespace) -> None:
     _divides("--tensor-model-parallel-size", args.tensor_model_parallel_size, "--num-attention-heads",
              args.num_attention_heads, "change one of them")  # fmt: skip
     data_parallel = args.world_size // _model_size(args)
+    if args.global_batch_size is not None and args.global_batch_size < 1:
+        raise UsageError(f"--global-batch-size is {args.global_batch_size}; it must be positive. Fix: give it")
     if args.global_batch_size is not None:
         _divides("--micro-batch-size x data-parallel size", args.micro_batch_size * data_parallel,
                  "--global-batch-size", args.global_batch_size, "change one of them")  # fmt: skip
     if args.sequence_parallel:
         _divides("--tensor-model-parallel-size", args.tensor_model_parallel_size, "--seq-length", args.seq_length,
                  "change one of them")  # fmt: skip
+
+
+def _check_shape(args: argparse.Namespace) -> None:
+    if args.kv_channels is None:
+        _divides("--num-attention-heads", args.num_attention_heads, "--hidden-size", args.hidden_size,
+                 "change one of them, or give --kv-channels")  # fmt: skip
+    if args.group_query_attention:
+        _divides("--num-query-groups", args.num_query_groups, "--num-attention-heads", args.num_attention_heads,
+                 "change one of them")  # fmt: skip
+    pattern = args.moe_layer_freq
+    if args.num_experts and isinstance(pattern, list) and len(pattern) != args.num_layers:
+        raise UsageError(
+            f"--moe-layer-freq has {len(pattern)} entries; it must have one for each of --num-layers, "
+            f"{args.num_layers}. Fix: change one of them"
+        )
+    uneven = (args.pipeline_model_parallel_layout, args.decoder_first_pipeline_num_layers,
+              args.decoder_last_pipeline_num_layers)  # fmt: skip
+    embedding_counts = args.account_for_embedding_in_pipeline_split or args.account_for_loss_in_pipeline_split
+    if not any(uneven) and not embedding_counts:
+        stages = args.pipeline_model_parallel_size * (args.num_virtual_stages_per_pipeline_rank or 1)
+        _divides("the number of pipeline stages", stages, "--num-layers", args.num_layers,
+                 "change one of them, or give --pipeline-model-parallel-layout")  # fmt: skip
 
 
 def _model_size(args: argparse.Namespace) -> int:

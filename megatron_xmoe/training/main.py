@@ -1,5 +1,6 @@
 """From the command line to Megatron's training loop."""
 
+import logging
 import os
 import socket
 import sys
@@ -22,11 +23,11 @@ def main(program_start: float) -> int:
         wheel.install()
         job = prepare(on_cpu, len(stand_ins))
     except Exception as error:  # nothing is shared between ranks yet: each fails for itself, and all for the same reason
-        return _fail(error, in_preparation=True)
+        return _fail(error, before_training=True)
     try:
         job(program_start)
     except Exception as error:
-        code = _fail(error, in_preparation=False)
+        code = _fail(error, before_training=not _training_has_begun())
         # leave at once: a normal exit would wait in collectives for ranks that are still training
         sys.stdout.flush()
         sys.stderr.flush()
@@ -118,12 +119,21 @@ def _train(container, program_start: float) -> None:
         dist.destroy_process_group()
 
 
-def _fail(error: Exception, in_preparation: bool) -> int:
+def _training_has_begun() -> bool:
+    from megatron.training import get_timers
+
+    return "batch-generator" in get_timers()._timers  # the first forward step creates it
+
+
+def _fail(error: Exception, before_training: bool) -> int:
     """Print an error: one line for what a user caused, the traceback as well for anything else."""
     rank = os.environ.get("RANK", "0")
-    if os.environ.get("XMOE_TRACEBACK") == "1" or not is_users(error, in_preparation):
+    hint = ""
+    if os.environ.get("XMOE_TRACEBACK") == "1" or not is_users(error, before_training):
         traceback.print_exception(error)
-    print(f"pretrain_xmoe.py: error (rank {rank}): {one_line(error)}", file=sys.stderr, flush=True)
+    elif not isinstance(error, UsageError):
+        hint = " (XMOE_TRACEBACK=1 shows where it was raised)"
+    print(f"pretrain_xmoe.py: error (rank {rank}): {one_line(error)}{hint}", file=sys.stderr, flush=True)
     return 2 if isinstance(error, UsageError) else 1
 
 
@@ -149,6 +159,8 @@ def _alone_without_launcher() -> None:
 
 def _quieten() -> None:
     """Megatron warns at import about every optional package; the start-up block says what matters of it."""
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # "No CUDA runtime is found"
+    warnings.filterwarnings("ignore", message="'pin_memory' argument is set as true but no accelerator")
     warnings.filterwarnings("ignore", module=r"megatron\..*")
     warnings.filterwarnings("ignore", message=".*[Aa]pex.*")
     warnings.filterwarnings("ignore", message=".*Transformer Engine.*")

@@ -160,7 +160,12 @@ LIMITED = {
     ),
     "recompute_granularity": (
         "selective recomputation inside the MoE block is not served yet",
-        lambda args: args.recompute_granularity in (None, "full") and not args.recompute_activations,
+        lambda args: args.recompute_granularity in (None, "full"),
+        "use --recompute-granularity full",
+    ),
+    "recompute_activations": (
+        "it stands for selective recomputation, which is not served yet",
+        lambda args: not args.recompute_activations,
         "use --recompute-granularity full",
     ),
     "sequence_parallel": (
