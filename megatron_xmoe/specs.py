@@ -11,8 +11,13 @@ from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_block import (
+    LayerNormImpl,
+    TransformerBlockSubmodules,
+    get_num_layers_to_build,
+)
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import BaseTransformerLayer
 
 from megatron_xmoe.attention import SDPACoreAttention
 from megatron_xmoe.config import XMoEConfig
@@ -23,7 +28,7 @@ Spec = ModuleSpec | TransformerBlockSubmodules
 
 
 def xmoe_decoder_block_spec(config, vp_stage: int | None = None) -> TransformerBlockSubmodules:
-    """The decoder of a GPT model with X-MoE layers, for Megatron's `--spec megatron_xmoe.specs xmoe_decoder_block_spec`.
+    """The decoder of a GPT model with X-MoE layers, for `--spec megatron_xmoe.specs xmoe_decoder_block_spec`.
 
     Args:
         config: Megatron's GPTModelConfig or TransformerConfig.
@@ -86,6 +91,11 @@ def substituting(stock_spec: Callable[..., Spec], xmoe: XMoEConfig) -> Callable[
     """
 
     def transformer_layer_spec(config, vp_stage: int | None = None) -> Spec:
-        return substitute(stock_spec(config, vp_stage), substitutions(config.transformer, xmoe))
+        spec = stock_spec(config, vp_stage)
+        if isinstance(spec, ModuleSpec) and issubclass(spec.module, BaseTransformerLayer):
+            # a single layer, as for dense models: Megatron would add the final norm by itself, unseen by us
+            layers = get_num_layers_to_build(config.transformer, vp_stage)
+            spec = TransformerBlockSubmodules(layer_specs=[spec] * layers, layer_norm=LayerNormImpl)
+        return substitute(spec, substitutions(config.transformer, xmoe))
 
     return transformer_layer_spec

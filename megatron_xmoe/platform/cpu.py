@@ -174,7 +174,7 @@ def _identity_method(original):
 
 
 def _type_name(original):
-    """Tensor.type() without arguments: 'torch.cuda.X' for Megatron's optimizer, which asserts it, torch.X for others."""
+    """Tensor.type() without arguments: 'torch.cuda.X' for Megatron, whose optimizers assert it, torch.X for others."""
 
     @functools.wraps(original)
     def type_(self, dtype=None, non_blocking=False, **kwargs):

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from megatron.core import dist_checkpointing
 from megatron.core.datasets.indexed_dataset import IndexedDataset, get_bin_path, get_idx_path
-from megatron.training.vocab_utils import calculate_padded_vocab_size
 from megatron.training.utils import get_blend_and_blend_per_split
+from megatron.training.vocab_utils import calculate_padded_vocab_size
 
 from megatron_xmoe.training.errors import UsageError, one_line
 

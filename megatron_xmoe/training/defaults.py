@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from megatron_xmoe import _optional
 from megatron_xmoe.training.errors import UsageError
 
-LOG_INTERVAL_OF_EVALUATION = 1000
+EVAL_INTERVAL = 1000
 
 
 @dataclass
@@ -124,14 +124,14 @@ def _for_experts(changes: Adjustments) -> None:
             "--moe-token-dispatcher-type alltoall",
             "Megatron's default, allgather, sends every token to every rank",
         )
-    if args.moe_backend == "xmoe" and args.tensor_model_parallel_size > 1:
-        if args.expert_tensor_parallel_size is None:
-            changes.set(
-                "expert_tensor_parallel_size",
-                1,
-                "--expert-tensor-parallel-size 1",
-                "X-MoE keeps experts whole; Megatron's default is the tensor-parallel size",
-            )
+    shards_by_default = args.tensor_model_parallel_size > 1 and args.expert_tensor_parallel_size is None
+    if args.moe_backend == "xmoe" and shards_by_default:
+        changes.set(
+            "expert_tensor_parallel_size",
+            1,
+            "--expert-tensor-parallel-size 1",
+            "X-MoE keeps experts whole; Megatron's default is the tensor-parallel size",
+        )
 
 
 def _for_the_loop(changes: Adjustments) -> None:
@@ -139,8 +139,8 @@ def _for_the_loop(changes: Adjustments) -> None:
     if args.eval_interval is None:
         changes.set(
             "eval_interval",
-            LOG_INTERVAL_OF_EVALUATION,
-            f"--eval-interval {LOG_INTERVAL_OF_EVALUATION}",
+            EVAL_INTERVAL,
+            f"--eval-interval {EVAL_INTERVAL}",
             "Megatron 0.19 fails without a value",
         )
     if args.create_attention_mask_in_dataloader and not args.reset_attention_mask:

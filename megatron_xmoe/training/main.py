@@ -22,7 +22,7 @@ def main(program_start: float) -> int:
         stand_ins = cpu.install() if on_cpu else []
         wheel.install()
         job = prepare(on_cpu, len(stand_ins))
-    except Exception as error:  # nothing is shared between ranks yet: each fails for itself, and all for the same reason
+    except Exception as error:  # ranks share nothing yet: each fails for itself, and all for the same reason
         return _fail(error, before_training=True)
     try:
         job(program_start)

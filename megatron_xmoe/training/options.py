@@ -63,7 +63,8 @@ REFUSED: dict[str, Refusal] = {
     **dict.fromkeys(
         """
         moe_grouped_gemm moe_single_grouped_weight moe_single_grouped_bias moe_mlp_glu_interleave_size
-        use_grouped_gemm_for_shared_expert moe_shared_expert_glu_interleave_size expert_tensor_parallel_num_weight_shards
+        use_grouped_gemm_for_shared_expert moe_shared_expert_glu_interleave_size
+        expert_tensor_parallel_num_weight_shards
         """.split(),
         _OWN_EXPERTS,
     ),
@@ -98,7 +99,8 @@ REFUSED: dict[str, Refusal] = {
         """
         use_megatron_fsdp use_torch_fsdp2 fsdp_manual_registration fsdp_double_buffer strict_fsdp_dtensor_load
         torch_fsdp2_reshard_after_forward megatron_fsdp_main_params_dtype megatron_fsdp_main_grads_dtype
-        megatron_fsdp_grad_comm_dtype megatron_fsdp_enable_fine_grained_param_gather megatron_fsdp_max_pool_double_buffer
+        megatron_fsdp_grad_comm_dtype megatron_fsdp_enable_fine_grained_param_gather
+        megatron_fsdp_max_pool_double_buffer
         fsdp_db_use_persist_buf_on_alloc_fail
         """.split(),
         _FSDP,
