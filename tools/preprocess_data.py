@@ -103,7 +103,7 @@ class Encoder:
         self.eod = end_of_document(tokenizer) if args.append_eod else None
 
     def encode(self, batch: list[Document]) -> EncodedBatch:
-        """Tokenizes a batch and lists its bad documents; without --skip-bad-lines the first one ends it."""
+        """Tokenizes a batch of documents and lists the bad ones."""
         import numpy
 
         ids, lengths, bad, empty = [], [], [], 0
@@ -112,8 +112,6 @@ class Encoder:
                 tokens = self.document_tokens(document)
             except BadDocument as error:
                 bad.append(str(error))
-                if not self.args.skip_bad_lines:
-                    break
                 continue
             empty += not tokens
             if tokens:
@@ -183,8 +181,8 @@ def encoded_batches(encoder: Encoder, args: argparse.Namespace) -> Iterator[Enco
     if args.workers == 1:
         yield from map(encoder.encode, todo)
         return
-    # fork: Megatron takes seconds to import, and the children inherit it. An executor: a multiprocessing.Pool
-    # waits forever for a worker that was killed.
+    # fork: Megatron takes seconds to import, and the children inherit it; no thread of ours runs yet.
+    # An executor: a multiprocessing.Pool waits forever for a worker that was killed.
     context = multiprocessing.get_context("fork")
     pool = ProcessPoolExecutor(args.workers, mp_context=context, initializer=start_worker, initargs=(args,))
     pending = deque()
@@ -208,6 +206,7 @@ def write_tokens(encoder: Encoder, args: argparse.Namespace, bin_path: str, idx_
     from tqdm import tqdm
 
     totals = Totals()
+    tqdm.monitor_interval = 0  # its thread would be there when the workers fork
     builder = IndexedDatasetBuilder(bin_path, dtype=encoder.dtype)
     progress = tqdm(total=sum(map(os.path.getsize, args.input)), unit="B", unit_scale=True, disable=None)
     with progress, contextlib.closing(encoded_batches(encoder, args)) as encoded:

@@ -98,17 +98,18 @@ def document_text(document: Document, json_key: str, txt_document: str) -> str:
 def json_text(line: str, json_key: str, place: str) -> str:
     """Returns the string under `json_key` of a JSON object; `place` opens the message of BadDocument."""
     try:
-        record = json.loads(line)
+        record = json.loads(line.strip())
     except (ValueError, RecursionError) as error:
-        raise BadDocument(f"{place}: not JSON ({error}); plain text needs a name ending in .txt") from None
+        reason = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else error
+        raise BadDocument(f"{place}: not JSON ({reason}); plain text needs a name ending in .txt") from None
     if not isinstance(record, dict):
-        raise BadDocument(f"{place}: a JSON {type(record).__name__}, not an object with the key {json_key!r}")
+        raise BadDocument(f"{place}: JSON {type(record).__name__}, not an object with the key {json_key!r}")
     if json_key not in record:
         keys = ", ".join(sorted(record)[:8])
         raise BadDocument(f"{place}: no key {json_key!r} but {keys or 'none'}; set --json-key")
     text = record[json_key]
     if not isinstance(text, str):
-        raise BadDocument(f"{place}: {json_key!r} is a {type(text).__name__}, not a string")
+        raise BadDocument(f"{place}: {json_key!r} holds {type(text).__name__}, not a string")
     try:
         text.encode()
     except UnicodeEncodeError as error:
