@@ -8,6 +8,7 @@ from typing import Any
 
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.transformer.dot_product_attention import DotProductAttention
+from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
@@ -52,11 +53,19 @@ def substitutions(config: TransformerConfig, xmoe: XMoEConfig) -> dict[type, Any
     the spec does not contain the stand-ins and nothing of it changes.
     """
     table: dict[type, Any] = {WrappedTorchNorm: TorchNorm}
-    if config.softmax_type == "vanilla":  # an offset in the softmax is not a function of fused attention
+    if uses_torch_attention(config):
         table[DotProductAttention] = SDPACoreAttention
     if xmoe.moe_backend == "xmoe":
         table[MoELayer] = partial(XMoELayer, xmoe=xmoe)
     return table
+
+
+def uses_torch_attention(config: TransformerConfig) -> bool:
+    """Whether torch's fused attention takes the place of Megatron's unfused one.
+
+    Not where the user chose the unfused one, nor for a softmax with an offset, which fused attention cannot compute.
+    """
+    return config.softmax_type == "vanilla" and config.attention_backend not in (AttnBackend.unfused, AttnBackend.local)
 
 
 def substitute(spec: Any, table: dict[type, Any]) -> Any:

@@ -23,8 +23,8 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from typing import Any
 
-from make_demo_corpus import OneLineErrorParser, UserError, finished_files, positive_number, run_tool
-from train_tokenizer import BadDocument, Document, check_inputs, document_text, read_documents
+from command_line import OneLineErrorParser, UserError, finished_files, positive_number, run_tool
+from documents import BadDocument, Document, check_inputs, document_text, read_documents
 
 PROG = "tools/preprocess_data.py"
 SIDECAR_FORMAT = "megatron_xmoe.data.v1"

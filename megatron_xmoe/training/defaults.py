@@ -7,6 +7,8 @@ import argparse
 import os
 from dataclasses import dataclass, field
 
+from megatron.core.transformer.enums import AttnBackend
+
 from megatron_xmoe import _optional
 from megatron_xmoe.training.errors import UsageError
 
@@ -72,6 +74,8 @@ def _without_transformer_engine(changes: Adjustments) -> None:
             f"--context-parallel-size {args.context_parallel_size} needs Transformer Engine ({why}): install it or "
             "use 1"
         )
+    if args.attention_backend == AttnBackend.fused:
+        raise UsageError(f"--attention-backend fused needs Transformer Engine ({why}): use auto, flash or unfused")
     changes.switch_off("apply_rope_fusion", "--no-rope-fusion", why)
     if _optional.apex_layer_norm().usable:
         return

@@ -60,6 +60,7 @@ def prepare(on_cpu: bool, stand_ins: int) -> Callable[[float], None]:
 
     args, given, defaults = parse()
     if args.use_checkpoint_args:
+        load_args_from_checkpoint(args, load_arg="pretrained_checkpoint")
         load_args_from_checkpoint(args)
     adjustments = adjust(args, given, on_cpu)
     checks.check_arguments(args)

@@ -218,11 +218,12 @@ def check_options(args: argparse.Namespace, given: set[str], defaults: dict[str,
 
 
 def _refuse(name: str, args: argparse.Namespace, refusal: Refusal, who: str) -> None:
-    value = getattr(args, name)
-    shown = "" if value is True else f" {value}"
-    raise UsageError(
-        f"{who} does not take --{name.replace('_', '-')}{shown}: {refusal.reason}. Fix: {refusal.way_out}"
-    )
+    value, option = getattr(args, name), f"--{name.replace('_', '-')}"
+    if value is False:
+        what = f"does not run without {option}"
+    else:
+        what = f"does not take {option}" if value is True else f"does not take {option} {value}"
+    raise UsageError(f"{who} {what}: {refusal.reason}. Fix: {refusal.way_out}")
 
 
 def _as_list(value) -> list:

@@ -12,6 +12,7 @@ from megatron.training import get_args, print_rank_0
 from megatron_xmoe import _optional
 from megatron_xmoe.config import XMoEConfig
 from megatron_xmoe.kernels.registry import choose_kernels
+from megatron_xmoe.specs import uses_torch_attention
 from megatron_xmoe.version import __version__
 
 GROUPS = (
@@ -63,8 +64,9 @@ def _backend(xmoe: XMoEConfig, args) -> str:
 def _attention(args) -> str:
     if args.transformer_impl == "transformer_engine":
         return f"Transformer Engine, {_optional.transformer_engine().reason}"
-    if args.softmax_type != "vanilla":
-        return f"Megatron's unfused attention (softmax type {args.softmax_type})"
+    if not uses_torch_attention(args):
+        return f"Megatron's unfused attention (--attention-backend {args.attention_backend.name}, softmax type " \
+            f"{args.softmax_type})"
     return f"torch's scaled_dot_product_attention (Transformer Engine: {_optional.transformer_engine().reason})"
 
 

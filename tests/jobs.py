@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+REPOSITORY = Path(__file__).resolve().parents[1]
 NUMBER = r"([-+0-9.E]+|nan|inf)"
 LOGGED = re.compile(rf"iteration +(\d+)/ .*? lm loss: {NUMBER} .*? grad norm: {NUMBER}")
 
