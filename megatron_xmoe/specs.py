@@ -9,6 +9,7 @@ from typing import Any
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnBackend
+from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
@@ -22,6 +23,7 @@ from megatron.core.transformer.transformer_layer import BaseTransformerLayer
 
 from megatron_xmoe.attention import SDPACoreAttention
 from megatron_xmoe.config import XMoEConfig
+from megatron_xmoe.experts import XMoEGroupedMLP
 from megatron_xmoe.layer import XMoELayer
 from megatron_xmoe.norm import TorchNorm
 
@@ -57,6 +59,8 @@ def substitutions(config: TransformerConfig, xmoe: XMoEConfig) -> dict[type, Any
         table[DotProductAttention] = SDPACoreAttention
     if xmoe.moe_backend == "xmoe":
         table[MoELayer] = partial(XMoELayer, xmoe=xmoe)
+        if uses_grouped_experts(config):
+            table[SequentialMLP] = XMoEGroupedMLP
     return table
 
 
@@ -66,6 +70,11 @@ def uses_torch_attention(config: TransformerConfig) -> bool:
     Not where the user chose the unfused one, nor for a softmax with an offset, which fused attention cannot compute.
     """
     return config.softmax_type == "vanilla" and config.attention_backend not in (AttnBackend.unfused, AttnBackend.local)
+
+
+def uses_grouped_experts(config: TransformerConfig) -> bool:
+    """Whether grouped experts take the place of Megatron's loop over experts; with biases the loop stays."""
+    return not config.add_bias_linear
 
 
 def substitute(spec: Any, table: dict[type, Any]) -> Any:

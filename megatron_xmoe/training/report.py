@@ -12,7 +12,8 @@ from megatron.training import get_args, print_rank_0
 from megatron_xmoe import _optional
 from megatron_xmoe.config import XMoEConfig
 from megatron_xmoe.kernels.registry import choose_kernels
-from megatron_xmoe.specs import uses_torch_attention
+from megatron_xmoe.ops.grouped_gemm import why_not_grouped_mm
+from megatron_xmoe.specs import uses_grouped_experts, uses_torch_attention
 from megatron_xmoe.version import __version__
 
 GROUPS = (
@@ -39,7 +40,7 @@ def print_report(xmoe: XMoEConfig, adjustments: list[str], stand_ins: int) -> No
         kernels = choose_kernels(xmoe.xmoe_kernels)
         lines += [
             "dispatcher   alltoall: one uneven all-to-all of routed rows, no padding",
-            "experts      Megatron's SequentialMLP (a loop over the local experts)",
+            f"experts      {_experts(args)}",
             f"kernels      {kernels.name}: {kernels.reason}",
         ]
     lines += [
@@ -59,6 +60,17 @@ def _backend(xmoe: XMoEConfig, args) -> str:
     if args.num_experts:
         return f"megatron (MoELayer, {args.moe_token_dispatcher_type} dispatcher); --moe-backend xmoe changes that"
     return "megatron (dense model)"
+
+
+def _experts(args) -> str:
+    if args.transformer_impl == "transformer_engine":
+        return "Transformer Engine's, as in Megatron"
+    if not uses_grouped_experts(args):
+        return "Megatron's SequentialMLP, a loop over the local experts (grouped ones have no biases)"
+    reason = why_not_grouped_mm(args.params_dtype, (args.hidden_size, args.moe_ffn_hidden_size))
+    if reason:
+        return f"grouped; matrix products by a loop over the local experts (grouped_mm: {reason})"
+    return "grouped; matrix products by torch's grouped_mm"
 
 
 def _attention(args) -> str:

@@ -1,0 +1,214 @@
+"""All local experts in one grouped computation over the padding-free buffer."""
+
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTensorFactory
+from megatron.core.fusions.fused_bias_swiglu import weighted_bias_swiglu_impl
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+from megatron.core.tensor_parallel.random import get_expert_parallel_rng_tracker_name
+from megatron.core.transformer.mlp import MLPSubmodules
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import make_sharded_object_for_checkpoint
+from torch import Tensor
+from torch.nn import Parameter
+
+from megatron_xmoe.ops.grouped_gemm import Groups, multiply, weight_gradient, why_not_grouped_mm
+
+
+class ExpertWeight(torch.nn.Module):
+    """One matrix of every local expert, [E, N, D], under the name of the linear layer it stands for."""
+
+    def __init__(self, shape: tuple[int, int, int], init_method, config: TransformerConfig, partition_dim: int):
+        super().__init__()
+        device = None if config.use_cpu_initialization else torch.cuda.current_device()
+        self.weight = Parameter(torch.empty(shape, dtype=config.params_dtype, device=device))
+        # what Megatron reads off expert parameters: who reduces the gradient, and how the norm counts it
+        sharded = config.expert_model_parallel_size > 1 or (
+            config.expert_tensor_parallel_size != config.tensor_model_parallel_size
+        )
+        self.weight.allreduce = not sharded
+        set_tensor_model_parallel_attributes(self.weight, is_parallel=True, dim=partition_dim, stride=1)
+        if config.perform_initialization:
+            self._initialize(init_method, config)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+        # checkpoints hold an empty extra state per expert, for Transformer Engine's sake
+        for key in [key for key in state_dict if key.startswith(f"{prefix}_extra_state")]:
+            del state_dict[key]
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    @torch.no_grad()
+    def _initialize(self, init_method, config: TransformerConfig) -> None:
+        if config.use_cpu_initialization:
+            for expert in self.weight:
+                master = torch.empty(expert.shape, dtype=torch.float32)
+                expert.copy_(init_method(master))
+            return
+        with get_cuda_rng_tracker().fork(get_expert_parallel_rng_tracker_name()):
+            for expert in self.weight:
+                init_method(expert)
+
+
+class XMoEGroupedMLP(MegatronModule):
+    """The experts of a rank as grouped matrix products: SwiGLU, GeGLU, GELU, squared ReLU; no biases.
+
+    Saves the input and the pre-activation for backward, nothing else: 2d + 4Kn bytes a token in bf16 with gated
+    experts, where d is the hidden size, n the experts' FFN size and K the number of experts per token.
+
+    Checkpoints are those of Megatron's SequentialMLP and TEGroupedMLP: the same keys and shapes on disk.
+    """
+
+    def __init__(
+        self,
+        num_local_experts: int,
+        config: TransformerConfig,
+        submodules: MLPSubmodules | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+        name: str | None = None,
+    ):
+        """Args are those of SequentialMLP; `submodules` and `name` describe linear layers that do not exist here.
+
+        Raises:
+            ValueError: biases or expert tensor parallelism.
+        """
+        super().__init__(config=config)
+        if config.add_bias_linear:
+            raise ValueError("grouped experts have no biases: use --disable-bias-linear")
+        if pg_collection.expt_tp.size() != 1:
+            raise ValueError("grouped experts are not sharded: use --expert-tensor-parallel-size 1")
+        self.num_local_experts = num_local_experts
+        self.ep_group, self.dp_group = pg_collection.ep, pg_collection.expt_dp
+        ffn, hidden = config.moe_ffn_hidden_size, config.hidden_size
+        width = 2 * ffn if config.gated_linear_unit else ffn
+        shape1, shape2 = (num_local_experts, width, hidden), (num_local_experts, hidden, ffn)
+        self.linear_fc1 = ExpertWeight(shape1, config.init_method, config, partition_dim=1)
+        self.linear_fc2 = ExpertWeight(shape2, config.output_layer_init_method, config, partition_dim=2)
+
+    def forward(
+        self, permuted_local_hidden_states: Tensor, tokens_per_expert: Tensor, permuted_probs: Tensor
+    ) -> tuple[Tensor, None]:
+        """Apply the experts and the routing weights.
+
+        Args:
+            permuted_local_hidden_states: rows [M, H], expert-major.
+            tokens_per_expert: [E] int64 on the CPU; sums to M.
+            permuted_probs: routing weights [M].
+
+        Returns:
+            [M, H], weighted; and no bias.
+        """
+        rows = permuted_local_hidden_states
+        weights = self.linear_fc1.weight, self.linear_fc2.weight
+        groups = Groups.of(tokens_per_expert, rows.device)
+        features = (self.config.hidden_size, self.config.moe_ffn_hidden_size)
+        grouped = rows.is_cuda and not why_not_grouped_mm(rows.dtype, features)
+        return _GroupedMLP.apply(rows, permuted_probs, *weights, groups, self._activation, grouped), None
+
+    def backward_dw(self) -> None:
+        """Weight gradients are computed in the backward pass itself; nothing is delayed."""
+
+    def _activation(self, hidden: Tensor, probs: Tensor) -> Tensor:
+        """Activation of the pre-activation [M, 2F] or [M, F], times the routing weight [M]: [M, F]."""
+        config = self.config
+        if config.gated_linear_unit and config.activation_func is F.silu and config.bias_activation_fusion:
+            return weighted_bias_swiglu_impl(hidden, None, probs.unsqueeze(-1), False)
+        if config.gated_linear_unit:
+            gate, linear = hidden.chunk(2, dim=-1)
+            if config.activation_func_clamp_value is not None:
+                limit = config.activation_func_clamp_value
+                gate, linear = gate.clamp(max=limit), linear.clamp(min=-limit, max=limit)
+            activated = config.activation_func(gate) * (linear + config.glu_linear_offset)
+        else:
+            activated = config.activation_func(hidden)
+        return (activated * probs.unsqueeze(-1)).to(hidden.dtype)
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+    ) -> ShardedStateDict:
+        """Megatron's sharded state, with the keys and shapes of SequentialMLP on disk: an entry per expert.
+
+        Raises:
+            ValueError: keys with the expert's number in them (Megatron 0.19 has no checkpoint format with them).
+        """
+        if (metadata or {}).get("singleton_local_shards"):
+            raise ValueError("grouped experts save one array per weight: singleton_local_shards is not served")
+        replica_id = (0, 0, self.dp_group.rank())
+        axis, first = len(sharded_offsets), self.ep_group.rank() * self.num_local_experts
+        offsets = [
+            (*sharded_offsets, (axis, first + i, self.ep_group.size() * self.num_local_experts))
+            for i in range(self.num_local_experts)
+        ]
+        state: ShardedStateDict = {}
+        for name, module in (("linear_fc1", self.linear_fc1), ("linear_fc2", self.linear_fc2)):
+            halves = 2 if name == "linear_fc1" and self.config.gated_linear_unit else 1
+            state[f"{prefix}{name}.weight"] = ShardedTensorFactory(
+                f"{prefix}experts.{name}.weight",
+                module.weight,
+                partial(_shards_of_experts, offsets=offsets, halves=halves),
+                partial(_stack_of_shards, halves=halves),
+                replica_id,
+            )
+            for i, offset in enumerate(offsets):  # Megatron's own experts look for one each
+                state[f"{prefix}{name}._extra_state{i}"] = make_sharded_object_for_checkpoint(
+                    None, f"{prefix}experts.{name}._extra_state", offset, replica_id
+                )
+        return state
+
+
+@torch.no_grad()
+def _shards_of_experts(key: str, tensor: Tensor, replica_id, flattened_range, offsets, halves: int):
+    """Shards of a stacked weight [E, N, D], or of a state of its optimizer.
+
+    Args: offsets, leading axes of each expert; halves, 2 where the first half of N is a gate that is saved by itself.
+    """
+    assert flattened_range is None, "stacked experts are not flattened"
+    return [
+        ShardedTensor.from_rank_offsets(
+            key,
+            part,
+            *offset,
+            *(((len(offset), half, halves),) if halves > 1 else ()),
+            replica_id=replica_id,
+            prepend_axis_num=len(offset),
+        )
+        for expert, offset in zip(tensor, offsets, strict=True)
+        for half, part in enumerate(expert.chunk(halves))
+    ]
+
+
+@torch.no_grad()
+def _stack_of_shards(parts: list[Tensor], halves: int) -> Tensor:
+    """The stacked tensor [E, N, D] of loaded shards."""
+    return torch.stack([torch.cat(parts[i : i + halves]) for i in range(0, len(parts), halves)])
+
+
+class _GroupedMLP(torch.autograd.Function):
+    """fc1, activation times routing weight, fc2. Keeps the rows and the pre-activation for backward."""
+
+    @staticmethod
+    def forward(ctx, rows, probs, weight1, weight2, groups, activation, grouped):
+        hidden = multiply(rows, weight1, groups, grouped)
+        ctx.save_for_backward(rows, probs, weight1, weight2, hidden)
+        ctx.groups, ctx.activation, ctx.grouped = groups, activation, grouped
+        return multiply(activation(hidden, probs), weight2, groups, grouped)
+
+    @staticmethod
+    def backward(ctx, grad):
+        rows, probs, weight1, weight2, hidden = ctx.saved_tensors
+        groups, grouped = ctx.groups, ctx.grouped
+        grad = grad.contiguous()
+        grad_activated = multiply(grad, weight2.transpose(1, 2), groups, grouped)
+        with torch.enable_grad():
+            leaf, leaf_probs = hidden.detach().requires_grad_(), probs.detach().requires_grad_()
+            activated = ctx.activation(leaf, leaf_probs)
+        grad_hidden, grad_probs = torch.autograd.grad(activated, (leaf, leaf_probs), grad_activated)
+        grad_weight2 = weight_gradient(grad, activated.detach(), groups, grouped)
+        grad_weight1 = weight_gradient(grad_hidden, rows, groups, grouped)
+        grad_rows = multiply(grad_hidden, weight1.transpose(1, 2), groups, grouped)
+        return grad_rows, grad_probs, grad_weight1, grad_weight2, None, None, None

@@ -1,0 +1,136 @@
+"""Grouped experts against Megatron's SequentialMLP: outputs, every gradient, and what a checkpoint holds."""
+
+import harness
+import pytest
+import torch
+import torch.nn.functional as F
+from tolerances import assert_close, assert_same
+
+EXPERTS, HIDDEN, FFN = 4, 12, 10  # no multiples of 8: nothing may depend on that
+ROWS = {"uneven": [3, 0, 5, 1], "none": [0, 0, 0, 0], "all to one": [9, 0, 0, 0], "one each": [1, 1, 1, 1]}
+
+
+def squared_relu(x):
+    return F.relu(x) ** 2
+
+
+ACTIVATIONS = {"SwiGLU": (F.silu, True), "GeGLU": (F.gelu, True), "GELU": (F.gelu, False),
+               "squared ReLU": (squared_relu, False)}  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def groups():
+    with harness.single_process(), harness.model_parallel():
+        yield
+
+
+def experts(activation, **options):
+    """The same experts twice: Megatron's and ours, in fp64."""
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+    from megatron.core.transformer.mlp import MLPSubmodules
+    from megatron.core.transformer.moe.experts import SequentialMLP
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    from megatron_xmoe.experts import XMoEGroupedMLP
+
+    function, gated = ACTIVATIONS[activation]
+    config = TransformerConfig(
+        num_layers=1, hidden_size=HIDDEN, num_attention_heads=2, num_moe_experts=EXPERTS, ffn_hidden_size=FFN,
+        moe_ffn_hidden_size=FFN, add_bias_linear=False, gated_linear_unit=gated, activation_func=function,
+        use_cpu_initialization=True, gradient_accumulation_fusion=False, bias_activation_fusion=False,
+        **options,
+    )  # fmt: skip
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    linear = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+    stock = SequentialMLP(EXPERTS, config, linear, pg_collection=groups).double()
+    ours = XMoEGroupedMLP(EXPERTS, config, pg_collection=groups).double()
+    with torch.no_grad():
+        for name in ("linear_fc1", "linear_fc2"):
+            getattr(ours, name).weight.copy_(stacked(stock, name, lambda weight: weight))
+    return stock, ours
+
+
+def stacked(stock, name, get):
+    return torch.stack([get(getattr(expert, name).weight) for expert in stock.local_experts])
+
+
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_outputs_and_gradients(activation, rows):
+    stock, ours = experts(activation)
+    counts = torch.tensor(ROWS[rows])
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(counts.sum(), HIDDEN, dtype=torch.float64, generator=generator)
+    probs = torch.rand(counts.sum(), dtype=torch.float64, generator=generator)
+    grad = torch.randn(x.shape, dtype=torch.float64, generator=generator)
+    results = []
+    for module in (stock, ours):
+        inputs = x.clone().requires_grad_(), probs.clone().requires_grad_()
+        output, bias = module(inputs[0], counts, inputs[1])
+        assert bias is None
+        output.backward(grad)
+        results.append([output, *(tensor.grad for tensor in inputs)])
+    for name in ("linear_fc1", "linear_fc2"):
+        results[0].append(stacked(stock, name, lambda weight: weight.grad))
+        results[1].append(getattr(ours, name).weight.grad)
+    for expected, actual in zip(*results, strict=True):
+        assert_close(actual, expected)
+
+
+def test_only_the_input_and_the_pre_activation_are_saved():
+    _, ours = experts("SwiGLU")
+    counts = torch.tensor(ROWS["uneven"])
+    saved = []
+    x = torch.randn(9, HIDDEN, dtype=torch.float64, requires_grad=True)
+    probs = torch.rand(9, dtype=torch.float64)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        ours(x, counts, probs)
+    activations = sorted(t.numel() for t in saved if not isinstance(t, torch.nn.Parameter))
+    assert activations == sorted([9 * HIDDEN, 9 * 2 * FFN, 9])  # rows, pre-activation, routing weights
+
+
+def on_disk(module):
+    """Everything a checkpoint of the module consists of: key, shapes, place and data."""
+    entries = []
+    for entry in module.sharded_state_dict("decoder.layers.3.mlp.experts.", ((0, 1, 5),), None).values():
+        for shard in entry.build() if hasattr(entry, "build_fn") else [entry]:
+            shape, place = tuple(shard.global_shape), tuple(shard.global_offset)
+            entries.append((shard.key, shape, place, shard.replica_id, getattr(shard, "data", None)))
+    return sorted(entries, key=lambda entry: entry[:3])
+
+
+@pytest.mark.parametrize("activation", ["SwiGLU", "GELU"])
+def test_checkpoints_are_those_of_sequential_experts(activation):
+    stock, ours = map(on_disk, experts(activation))
+    assert len(stock) > 2 * EXPERTS
+    assert [entry[:4] for entry in ours] == [entry[:4] for entry in stock]
+    for (*_, expected), (*_, actual) in zip(stock, ours, strict=True):
+        if isinstance(expected, torch.Tensor):
+            assert_same(actual, expected)
+
+
+@pytest.mark.parametrize("activation", ["SwiGLU", "GELU"])
+def test_loading_puts_the_parts_together(activation):
+    _, ours = experts(activation)
+    for entry in ours.sharded_state_dict("experts.", (), None).values():
+        if hasattr(entry, "merge_fn"):
+            assert_same(entry.merge_fn([shard.data for shard in entry.build()]), entry.data)
+
+
+def test_flags_that_megatron_reads():
+    _, ours = experts("SwiGLU")
+    for parameter in ours.parameters():
+        assert parameter.allreduce and parameter.tensor_model_parallel
+    _, parallel = experts("SwiGLU", expert_model_parallel_size=2)
+    assert not any(parameter.allreduce for parameter in parallel.parameters())
+
+
+def test_biases_are_refused():
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    from megatron_xmoe.experts import XMoEGroupedMLP
+
+    config = TransformerConfig(num_layers=1, hidden_size=8, num_attention_heads=2, num_moe_experts=2)
+    with pytest.raises(ValueError, match="--disable-bias-linear"):
+        XMoEGroupedMLP(2, config, pg_collection=None)
