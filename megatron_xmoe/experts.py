@@ -24,7 +24,7 @@ from megatron_xmoe.ops.grouped_gemm import Groups, multiply, weight_gradient, wh
 class ExpertWeight(torch.nn.Module):
     """One matrix of every local expert, [E, N, D], under the name of the linear layer it stands for."""
 
-    def __init__(self, shape: tuple[int, int, int], init_method, config: TransformerConfig, partition_dim: int):
+    def __init__(self, shape: tuple[int, int, int], config: TransformerConfig, partition_dim: int):
         super().__init__()
         device = None if config.use_cpu_initialization else torch.cuda.current_device()
         self.weight = Parameter(torch.empty(shape, dtype=config.params_dtype, device=device))
@@ -34,25 +34,12 @@ class ExpertWeight(torch.nn.Module):
         )
         self.weight.allreduce = not sharded
         set_tensor_model_parallel_attributes(self.weight, is_parallel=True, dim=partition_dim, stride=1)
-        if config.perform_initialization:
-            self._initialize(init_method, config)
 
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
         # checkpoints hold an empty extra state per expert, for Transformer Engine's sake
         for key in [key for key in state_dict if key.startswith(f"{prefix}_extra_state")]:
             del state_dict[key]
         super()._load_from_state_dict(state_dict, prefix, *args)
-
-    @torch.no_grad()
-    def _initialize(self, init_method, config: TransformerConfig) -> None:
-        if config.use_cpu_initialization:
-            for expert in self.weight:
-                master = torch.empty(expert.shape, dtype=torch.float32)
-                expert.copy_(init_method(master))
-            return
-        with get_cuda_rng_tracker().fork(get_expert_parallel_rng_tracker_name()):
-            for expert in self.weight:
-                init_method(expert)
 
 
 class XMoEGroupedMLP(MegatronModule):
@@ -87,8 +74,23 @@ class XMoEGroupedMLP(MegatronModule):
         ffn, hidden = config.moe_ffn_hidden_size, config.hidden_size
         width = 2 * ffn if config.gated_linear_unit else ffn
         shape1, shape2 = (num_local_experts, width, hidden), (num_local_experts, hidden, ffn)
-        self.linear_fc1 = ExpertWeight(shape1, config.init_method, config, partition_dim=1)
-        self.linear_fc2 = ExpertWeight(shape2, config.output_layer_init_method, config, partition_dim=2)
+        self.linear_fc1 = ExpertWeight(shape1, config, partition_dim=1)
+        self.linear_fc2 = ExpertWeight(shape2, config, partition_dim=2)
+        if config.perform_initialization:
+            self._initialize()
+
+    @torch.no_grad()
+    def _initialize(self) -> None:
+        """Random weights, drawn expert by expert as SequentialMLP does, so that a seed means the same weights."""
+        config = self.config
+        methods = config.init_method, config.output_layer_init_method
+        for matrices in zip(self.linear_fc1.weight, self.linear_fc2.weight, strict=True):
+            for matrix, init_method in zip(matrices, methods, strict=True):
+                if config.use_cpu_initialization:
+                    matrix.copy_(init_method(torch.empty(matrix.shape, dtype=torch.float32)))
+                else:
+                    with get_cuda_rng_tracker().fork(get_expert_parallel_rng_tracker_name()):
+                        init_method(matrix)
 
     def forward(
         self, permuted_local_hidden_states: Tensor, tokens_per_expert: Tensor, permuted_probs: Tensor

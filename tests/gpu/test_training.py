@@ -20,14 +20,20 @@ def weights(tmp_path_factory):
     return directory
 
 
-@pytest.mark.parametrize("precision, tolerance", [("", FP32_TOLERANCE), ("--bf16", BF16_TOLERANCE)])
-@pytest.mark.parametrize("layout", [EP2, TP2, PP2], ids=["EP2", "TP2 x EP2", "PP2"])
-def test_losses_equal_stock_megatron_on_one_gpu(layout, precision, tolerance, weights):
+@pytest.fixture(scope="module", params=[("", FP32_TOLERANCE), ("--bf16", BF16_TOLERANCE)], ids=["fp32", "bf16"])
+def stock(request, weights):
+    """Options, stock Megatron's run on one GPU, and what may differ."""
+    precision, tolerance = request.param
     options = [*TOY, "--train-iters", "10", *start_from(weights), *precision.split()]
-    stock = run_job(options)
+    return options, run_job(options), tolerance
+
+
+@pytest.mark.parametrize("layout", [EP2, TP2, PP2], ids=["EP2", "TP2 x EP2", "PP2"])
+def test_losses_equal_stock_megatron_on_one_gpu(layout, stock):
+    options, expected, tolerance = stock
     xmoe = run_job(options, XMOE, layout, processes=2)
-    assert len(stock.losses) == 10
-    assert relative_difference(xmoe, stock) < tolerance
+    assert len(expected.losses) == 10
+    assert relative_difference(xmoe, expected) < tolerance
 
 
 def test_resume_is_exact(tmp_path):

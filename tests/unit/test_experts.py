@@ -1,5 +1,7 @@
 """Grouped experts against Megatron's SequentialMLP: outputs, every gradient, and what a checkpoint holds."""
 
+from functools import partial
+
 import harness
 import pytest
 import torch
@@ -24,8 +26,8 @@ def groups():
         yield
 
 
-def experts(activation, **options):
-    """The same experts twice: Megatron's and ours, in fp64."""
+def experts(activation, build_only=None, **options):
+    """The same experts twice: Megatron's and ours, in fp64; or one of the two (0, 1) as it was initialised."""
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
     from megatron.core.transformer.mlp import MLPSubmodules
@@ -43,8 +45,10 @@ def experts(activation, **options):
     )  # fmt: skip
     groups = ProcessGroupCollection.use_mpu_process_groups()
     linear = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
-    stock = SequentialMLP(EXPERTS, config, linear, pg_collection=groups).double()
-    ours = XMoEGroupedMLP(EXPERTS, config, pg_collection=groups).double()
+    builders = (partial(SequentialMLP, submodules=linear), XMoEGroupedMLP)
+    if build_only is not None:
+        return builders[build_only](EXPERTS, config, pg_collection=groups)
+    stock, ours = (build(EXPERTS, config, pg_collection=groups).double() for build in builders)
     with torch.no_grad():
         for name in ("linear_fc1", "linear_fc2"):
             getattr(ours, name).weight.copy_(stacked(stock, name, lambda weight: weight))
@@ -124,6 +128,18 @@ def test_flags_that_megatron_reads():
         assert parameter.allreduce and parameter.tensor_model_parallel
     _, parallel = experts("SwiGLU", expert_model_parallel_size=2)
     assert not any(parameter.allreduce for parameter in parallel.parameters())
+
+
+def test_a_seed_means_the_same_weights():
+    """Losses of both backends are comparable from the first iteration on."""
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    drawn = []
+    for index in (0, 1):
+        model_parallel_cuda_manual_seed(7, force_reset_rng=True)
+        drawn.append(experts("SwiGLU", build_only=index))
+    for name in ("linear_fc1", "linear_fc2"):
+        assert_same(getattr(drawn[1], name).weight.detach(), stacked(drawn[0], name, lambda weight: weight.detach()))
 
 
 def test_biases_are_refused():
