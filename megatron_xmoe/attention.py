@@ -73,7 +73,8 @@ class SDPACoreAttention(MegatronModule):
         Args:
             query: [S, B, N, D]. key: [C, B, G, D]. value: [C, B, G, V].
             attention_mask: bool, broadcastable to [B, N, S, C], True where a key is hidden; None leaves the mask type
-                to decide. A given mask is taken as it is, as in Megatron's own module.
+                to decide. A given mask is taken as it is, as in Megatron's own module; with a sliding window both
+                apply. A query that may see no key gets zeros.
 
         Returns:
             [S, B, N*V].

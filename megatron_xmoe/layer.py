@@ -14,8 +14,8 @@ from megatron_xmoe.metrics import count_routes
 class XMoELayer(MoELayer):
     """Megatron's MoELayer with a padding-free dispatcher.
 
-    Router, experts, shared experts, losses and the stages of the forward pass are Megatron's own; names and shapes
-    of parameters are unchanged, so checkpoints move between the two.
+    Router, shared experts, losses and the stages of the forward pass are Megatron's own, and the experts are whatever
+    the spec says. Distributed checkpoints have the same keys and shapes, so they move between the two.
     """
 
     def __init__(

@@ -11,7 +11,7 @@ from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer
-from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.spec_utils import ModuleSpec, get_module
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_block import (
     LayerNormImpl,
@@ -110,7 +110,7 @@ def substituting(stock_spec: Callable[..., Spec], xmoe: XMoEConfig) -> Callable[
 
     def transformer_layer_spec(config, vp_stage: int | None = None) -> Spec:
         spec = stock_spec(config, vp_stage)
-        if isinstance(spec, ModuleSpec) and issubclass(spec.module, BaseTransformerLayer):
+        if isinstance(spec, ModuleSpec) and issubclass(get_module(spec), BaseTransformerLayer):
             # a single layer, as for dense models: Megatron would add the final norm by itself, unseen by us
             layers = get_num_layers_to_build(config.transformer, vp_stage)
             spec = TransformerBlockSubmodules(layer_specs=[spec] * layers, layer_norm=LayerNormImpl)

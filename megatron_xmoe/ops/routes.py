@@ -37,7 +37,8 @@ def build_routes(topk_ids: Tensor, topk_weights: Tensor, num_experts: int) -> Ro
     """Sort a token's choices by expert, then by token, in O(T*K) memory and without a host synchronisation.
 
     Args:
-        topk_ids: [T, K] integer expert of each choice, -1 for none.
+        topk_ids: [T, K] integer expert of each choice, below E, -1 for none. Not checked: that would need a host
+            synchronisation.
         topk_weights: [T, K] routing weights, differentiable.
         num_experts: E.
 
@@ -70,7 +71,7 @@ def build_routes_from_map(routing_map: Tensor, probs: Tensor, topk: int) -> Rout
     """Routes from the pair that Megatron's router gives.
 
     Args:
-        routing_map: [T, E] bool, at most `topk` experts in a row.
+        routing_map: [T, E] bool, at most `topk` experts in a row (not checked; the first `topk` are taken).
         probs: [T, E] routing weights, differentiable.
         topk: K, the largest number of experts a token can have.
 

@@ -1,6 +1,7 @@
 """Replacing a named symbol of another package: idempotent, labelled, and loud when the symbol has moved."""
 
 import importlib
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -55,7 +56,7 @@ def _moved(replacement: Replacement, module_name: str, error: Exception) -> str:
 
         package = "megatron-core"
     else:
-        version = getattr(importlib.import_module(package), "__version__", "unknown")
+        version = getattr(sys.modules.get(package), "__version__", "of unknown version")
     return (
         f"{replacement.target} does not exist in {package} {version} ({error}); it is replaced because "
         f"{replacement.why}. Install the versions of constraints.txt, or report this"

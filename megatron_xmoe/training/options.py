@@ -29,11 +29,11 @@ class Refusal:
 SERVED = frozenset(
     """
     num_experts moe_ffn_hidden_size moe_layer_freq expert_model_parallel_size
-    moe_router_topk moe_router_load_balancing_type moe_aux_loss_coeff moe_z_loss_coeff moe_router_score_function
+    moe_router_topk moe_aux_loss_coeff moe_z_loss_coeff moe_router_score_function
     moe_router_pre_softmax moe_router_topk_scaling_factor moe_router_dtype moe_router_num_groups moe_router_group_topk
     moe_router_enable_expert_bias moe_router_bias_update_rate moe_shared_expert_intermediate_size
     moe_shared_expert_gate moe_per_layer_logging
-    recompute_granularity recompute_method recompute_num_layers
+    recompute_method recompute_num_layers
     """.split()
 )
 
@@ -177,6 +177,16 @@ LIMITED = {
     ),
 }
 
+# Options that the command line spells otherwise than their destination.
+SPELLINGS = {
+    "fp8": "--fp8-format",
+    "fp4": "--fp4-format",
+    "fp8_wgrad": "--no-fp8-wgrad",
+    "cuda_graph_scope_deprecated": "--cuda-graph-scope",
+    "strict_fsdp_dtensor_load": "--no-strict-fsdp-dtensor-load",
+    "torch_fsdp2_reshard_after_forward": "--torch-fsdp2-no-reshard-after-forward",
+}
+
 # Not available in this entry script with either backend.
 UNAVAILABLE: dict[str, Refusal] = {
     "yaml_cfg": Refusal("a YAML file replaces the whole command line, ours included", "give the options themselves"),
@@ -218,11 +228,11 @@ def check_options(args: argparse.Namespace, given: set[str], defaults: dict[str,
 
 
 def _refuse(name: str, args: argparse.Namespace, refusal: Refusal, who: str) -> None:
-    value, option = getattr(args, name), f"--{name.replace('_', '-')}"
-    if value is False:
+    value, option = getattr(args, name), SPELLINGS.get(name, f"--{name.replace('_', '-')}")
+    if value is False and name not in SPELLINGS:
         what = f"does not run without {option}"
     else:
-        what = f"does not take {option}" if value is True else f"does not take {option} {value}"
+        what = f"does not take {option}" if isinstance(value, bool) else f"does not take {option} {value}"
     raise UsageError(f"{who} {what}: {refusal.reason}. Fix: {refusal.way_out}")
 
 

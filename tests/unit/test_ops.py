@@ -1,0 +1,401 @@
+"""Routes and row movement against the loop oracle: every result and every gradient, with the awkward shapes."""
+
+import functools
+
+import oracles
+import pytest
+import torch
+from tolerances import assert_close, assert_same
+
+from megatron_xmoe.ops import build_routes, build_routes_from_map, gather_rows, gather_sum
+
+# name -> (choices [T][K], number of experts); -1 is a choice not made
+CHOICES = {
+    "plain": ([[3, 1, 0], [2, 3, 4], [0, 4, 1], [1, 0, 2], [4, 2, 3], [3, 0, 1], [1, 2, 4]], 5),
+    "zero tokens": ([], 3),
+    "one expert": ([[0], [0], [0], [0]], 1),
+    "K = E": ([[2, 0, 1], [0, 1, 2], [1, 2, 0], [2, 1, 0]], 3),
+    "all to one expert": ([[2], [2], [2], [2], [2], [2]], 4),
+    "missing": ([[1, -1, 3], [-1, -1, -1], [-1, 0, -1], [3, 2, 1], [-1, -1, 0]], 4),
+    "none at all": ([[-1, -1], [-1, -1]], 2),
+    "an expert twice": ([[1, 1], [0, 1], [1, 0], [0, 0]], 2),
+}
+MAPS = {
+    "plain": ([[0, 1, 0, 1], [1, 1, 0, 0], [0, 0, 1, 1], [1, 0, 0, 1], [0, 1, 1, 0]], 2),
+    "zero tokens": ([], 2),
+    "one expert": ([[1], [1], [1]], 1),
+    "K = E": ([[1, 1, 1], [1, 1, 1]], 3),
+    "all to one expert": ([[0, 1, 0], [0, 1, 0], [0, 1, 0], [0, 1, 0]], 1),
+    "fewer than K": ([[0, 1, 1, 1], [0, 0, 0, 0], [1, 0, 0, 0], [0, 1, 0, 1]], 3),
+    "none at all": ([[0, 0], [0, 0]], 2),
+}
+
+
+def choices(name: str, dtype: torch.dtype = torch.int64) -> tuple[torch.Tensor, int]:
+    """The named choices [T, K] and their number of experts."""
+    rows, num_experts = CHOICES[name]
+    per_token = len(rows[0]) if rows else 2
+    return torch.tensor(rows, dtype=dtype).view(-1, per_token), num_experts
+
+
+def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
+    """Normal values, the same on every call."""
+    generator = torch.Generator().manual_seed(seed + 1000 * len(shape) + sum(shape))
+    return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+
+
+@pytest.fixture
+def unstable_sort(monkeypatch):
+    """A sort that puts ties in reverse order unless it is asked to be stable, as one on a GPU may."""
+
+    def reversing(original):
+        @functools.wraps(original)
+        def sort(x, dim=-1, descending=False, stable=False):
+            if stable:
+                return original(x, dim=dim, descending=descending, stable=True)
+            result = original(x.flip(dim), dim=dim, descending=descending, stable=True)
+            last = x.shape[dim] - 1
+            return last - result if torch.is_tensor(result) else (result[0], last - result[1])
+
+        return sort
+
+    for name in ("sort", "argsort"):
+        monkeypatch.setattr(torch, name, reversing(getattr(torch, name)))
+
+
+def test_uninitialised_memory_is_poisoned():
+    assert torch.empty(3).isnan().all()
+    assert torch.empty_like(torch.zeros(3)).isnan().all()
+    assert torch.zeros(3).new_empty(2).isnan().all()
+    assert (torch.empty(3, dtype=torch.int64) > 2**60).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
+@pytest.mark.parametrize("name", CHOICES)
+def test_routes_are_ordered_by_expert_then_token(name, dtype, unstable_sort):
+    ids, num_experts = choices(name, dtype)
+    expected = oracles.routes(ids.tolist(), num_experts)
+    routes = build_routes(ids, random(*ids.shape), num_experts)
+
+    count = len(expected.token_ids)
+    assert routes.tokens_per_expert.tolist() == expected.tokens_per_expert
+    assert routes.token_ids[:count].tolist() == expected.token_ids
+    assert routes.expert_ids[:count].tolist() == expected.expert_ids
+    assert routes.inverse.tolist() == expected.inverse
+    assert routes.inverse.shape == ids.shape
+    for array in (routes.token_ids, routes.expert_ids, routes.combine_weights):
+        assert array.shape == (ids.numel(),)
+    for array in (routes.token_ids, routes.expert_ids, routes.inverse, routes.tokens_per_expert):
+        assert array.dtype == torch.int64
+
+
+@pytest.mark.parametrize("name", CHOICES)
+def test_combine_weights_and_their_gradient(name):
+    ids, num_experts = choices(name)
+    expected = oracles.routes(ids.tolist(), num_experts)
+    count = len(expected.token_ids)
+    weights = random(*ids.shape).requires_grad_()
+    combine_weights = build_routes(ids, weights, num_experts).combine_weights[:count]
+    assert_same(combine_weights, weights[expected.token_ids, expected.slots])
+
+    grad = random(count, seed=1)
+    (found,) = torch.autograd.grad(combine_weights, weights, grad)
+    by_hand = torch.zeros_like(weights)
+    for position, place in enumerate(zip(expected.token_ids, expected.slots, strict=True)):
+        by_hand[place] = grad[position]
+    assert_same(found, by_hand)
+
+
+@pytest.mark.parametrize("name", MAPS)
+def test_routes_from_a_map(name, unstable_sort):
+    rows, topk = MAPS[name]
+    routing_map = torch.tensor(rows, dtype=torch.bool).view(-1, len(rows[0]) if rows else 3)
+    probs = random(*routing_map.shape).requires_grad_()
+    expected = oracles.routes(oracles.choices_of_map(routing_map, topk), routing_map.shape[1])
+    count = len(expected.token_ids)
+
+    routes = build_routes_from_map(routing_map, probs, topk)
+    assert routes.token_ids[:count].tolist() == expected.token_ids
+    assert routes.expert_ids[:count].tolist() == expected.expert_ids
+    assert routes.tokens_per_expert.tolist() == expected.tokens_per_expert
+    assert routes.inverse.tolist() == expected.inverse
+
+    combine_weights = routes.combine_weights[:count]
+    assert_same(combine_weights, probs[expected.token_ids, expected.expert_ids])
+    grad = random(count, seed=1)
+    (found,) = torch.autograd.grad(combine_weights, probs, grad)
+    by_hand = torch.zeros_like(probs)
+    by_hand[expected.token_ids, expected.expert_ids] = grad
+    assert_same(found, by_hand)
+
+
+def test_routes_take_memory_in_proportion_to_their_number():
+    tokens, num_experts = 2**17, 2**20  # an array of tokens x experts would take 128 GiB
+    ids = torch.tensor([[5, num_experts - 1]]).expand(tokens, 2)
+    routes = build_routes(ids, torch.ones(tokens, 2), num_experts)
+    assert routes.tokens_per_expert[[5, num_experts - 1]].tolist() == [tokens, tokens]
+    assert torch.equal(routes.token_ids, torch.arange(tokens).repeat(2))
+
+
+# name -> (index into 5 rows, of which -1 names none)
+INDEXES = {
+    "permutation": [4, 2, 0, 1, 3],
+    "some": [3, 1],
+    "repeats": [2, 2, 0, 4, 2, 0],
+    "missing": [-1, 3, -1, 1, 1, -1],
+    "all missing": [-1, -1],
+    "empty": [],
+}
+
+
+def positions(index: torch.Tensor, num_rows: int) -> torch.Tensor:
+    """[R, K'] where each row of the source went to, filled up with -1."""
+    places = [[m for m, i in enumerate(index.tolist()) if i == r] for r in range(num_rows)]
+    width = max(map(len, places), default=0)
+    return torch.tensor([p + [-1] * (width - len(p)) for p in places], dtype=index.dtype).view(num_rows, width)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64], ids=str)
+@pytest.mark.parametrize("with_inverse", [False, True], ids=["no inverse", "inverse"])
+@pytest.mark.parametrize("name", INDEXES)
+def test_gather_rows(name, with_inverse, index_dtype, dtype):
+    index = torch.tensor(INDEXES[name], dtype=index_dtype)
+    x = random(5, 7, dtype=dtype).requires_grad_()
+    inverse = positions(index, 5) if with_inverse else None
+    result = gather_rows(x, index, inverse)
+    assert_same(result, oracles.gather(x.detach(), index))
+
+    grad = random(len(index), 7, dtype=dtype, seed=1)
+    (found,) = torch.autograd.grad(result, x, grad)
+    assert found.dtype == dtype
+    _, (expected,) = oracles.gradients(lambda x: oracles.gather(x, index), [x], grad)
+    assert_close(found, expected)
+
+
+@pytest.mark.parametrize("with_inverse", [False, True], ids=["no inverse", "inverse"])
+def test_gather_from_no_rows_gives_zeros(with_inverse):
+    index = torch.tensor([-1, -1, -1])
+    x = torch.zeros(0, 5, requires_grad=True)
+    result = gather_rows(x, index, torch.zeros(0, 2, dtype=torch.int64) if with_inverse else None)
+    assert_same(result, torch.zeros(3, 5))
+    (found,) = torch.autograd.grad(result, x, torch.ones(3, 5))
+    assert found.shape == (0, 5)
+
+
+# name -> (index [T][K] into 6 rows, whether no row is named twice)
+SUMS = {
+    "unpermute": ([[4, 0, 2], [5, 1, 3]], True),
+    "missing": ([[4, -1, 2], [-1, -1, -1], [-1, 0, -1], [-1, -1, 5]], True),
+    "one per sum": ([[3], [1], [0]], True),
+    "repeats": ([[2, 2, 0], [0, -1, 2], [5, 4, 5]], False),
+    "all from one row": ([[1, 1], [1, 1], [1, 1]], False),
+    "nothing": ([[-1, -1], [-1, -1]], True),
+    "zero tokens": ([], True),
+    "K = 0": ([[], []], True),
+}
+SUM_VARIANTS = [
+    pytest.param(name, weighted, owned, id=f"{name}-{'weights' if weighted else 'ones'}-{'owned' if owned else 'any'}")
+    for name in SUMS
+    for weighted in (False, True)
+    for owned in ((False, True) if SUMS[name][1] else (False,))
+]
+
+
+def sum_index(name: str, dtype: torch.dtype = torch.int64) -> torch.Tensor:
+    """The named index [T, K]."""
+    rows = SUMS[name][0]
+    return torch.tensor(rows, dtype=dtype).view(len(rows), len(rows[0]) if rows else 2)
+
+
+def owners(index: torch.Tensor, num_rows: int) -> torch.Tensor:
+    """[R] the sum that each row is part of, -1 for none."""
+    result = torch.full((num_rows,), -1, dtype=index.dtype)
+    for t, row in enumerate(index.tolist()):
+        for i in row:
+            if i >= 0:
+                result[i] = t
+    return result
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64], ids=str)
+@pytest.mark.parametrize(("name", "weighted", "owned"), SUM_VARIANTS)
+def test_gather_sum(name, weighted, owned, index_dtype, dtype):
+    index = sum_index(name, index_dtype)
+    inputs = [random(6, 20, dtype=dtype).requires_grad_()]
+    if weighted:
+        inputs.append(random(*index.shape, dtype=dtype, seed=2).requires_grad_())
+    result = gather_sum(inputs[0], index, *inputs[1:], token_ids=owners(index, 6) if owned else None)
+    assert result.dtype == dtype
+    grad = random(*result.shape, dtype=dtype, seed=1)
+    expected, expected_grads = oracles.gradients(lambda y, *w: oracles.gather_sum(y, index, *w), inputs, grad)
+    assert_close(result, expected)
+    for found, wanted, leaf in zip(torch.autograd.grad(result, inputs, grad), expected_grads, inputs, strict=True):
+        assert found.dtype == leaf.dtype
+        assert_close(found, wanted)
+
+
+def test_sum_of_no_rows_gives_zeros():
+    result = gather_sum(torch.zeros(0, 5, requires_grad=True), torch.tensor([[-1, -1]]), torch.ones(1, 2))
+    assert_same(result, torch.zeros(1, 5))
+    result.sum().backward()
+
+
+@pytest.mark.parametrize("weights_dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_sum_is_in_fp32_and_in_ascending_order(dtype, weights_dtype):
+    index = torch.tensor([[3, 0, 5, 1], [2, 4, 1, 0]])
+    y, weights = random(6, 33, dtype=dtype), random(2, 4, dtype=weights_dtype)
+    expected = oracles.gather_sum(y.float(), index, weights.float())
+    assert_same(gather_sum(y, index, weights), expected.to(dtype))
+
+
+# 256 + 1 is 256 in bf16: only a sum in a wider type arrives at 264
+SMALL_AND_LARGE = torch.tensor([[256.0]] + [[1.0]] * 8, dtype=torch.bfloat16).expand(9, 3)
+
+
+def test_bf16_rows_are_summed_in_fp32():
+    y = SMALL_AND_LARGE.contiguous()
+    assert gather_sum(y, torch.arange(9).unsqueeze(0)).tolist() == [[264.0] * 3]
+    assert gather_sum(y, torch.arange(9).unsqueeze(0), torch.ones(1, 9)).tolist() == [[264.0] * 3]
+
+
+@pytest.mark.parametrize("with_inverse", [False, True], ids=["no inverse", "inverse"])
+def test_bf16_gradients_of_repeated_rows_are_summed_in_fp32(with_inverse):
+    x = torch.zeros(1, 3, dtype=torch.bfloat16, requires_grad=True)
+    index = torch.zeros(9, dtype=torch.int64)
+    result = gather_rows(x, index, positions(index, 1) if with_inverse else None)
+    (grad,) = torch.autograd.grad(result, x, SMALL_AND_LARGE)
+    assert grad.tolist() == [[264.0] * 3]
+
+
+def test_bf16_gradient_of_a_row_in_many_sums_is_summed_in_fp32():
+    y = torch.zeros(1, 3, dtype=torch.bfloat16, requires_grad=True)
+    result = gather_sum(y, torch.zeros(9, 1, dtype=torch.int64))
+    (grad,) = torch.autograd.grad(result, y, SMALL_AND_LARGE)
+    assert grad.tolist() == [[264.0] * 3]
+
+
+def test_bf16_weight_gradient_is_a_dot_product_in_fp32():
+    y = torch.full((1, 9), 1.0, dtype=torch.bfloat16)
+    weights = torch.ones(1, 1, requires_grad=True)
+    result = gather_sum(y, torch.zeros(1, 1, dtype=torch.int64), weights)
+    grad = torch.tensor([[256.0] + [1.0] * 8], dtype=torch.bfloat16) * 1.0078125  # so that products round, too
+    (found,) = torch.autograd.grad(result, weights, grad)
+    assert found.dtype == torch.float32
+    assert found.item() == grad.float().sum().item()
+
+
+def test_permute_and_unpermute_with_the_arrays_of_routes():
+    """What a dispatcher does, with fewer than K experts for some tokens: both ways, with and without the hints."""
+    ids, num_experts = choices("missing")
+    routes = build_routes(ids, random(*ids.shape), num_experts)
+    count = int(routes.tokens_per_expert.sum())
+    token_ids = routes.token_ids[:count]
+    grad = random(len(ids), 7, dtype=torch.float64, seed=1)
+
+    def permuted(x, w, inverse, owner):
+        rows = gather_rows(x, token_ids, inverse)
+        return gather_sum(rows * rows, routes.inverse, w, token_ids=owner)
+
+    def by_loops(x, w):
+        rows = oracles.gather(x, token_ids)
+        return oracles.gather_sum(rows * rows, routes.inverse, w)
+
+    inputs = [random(len(ids), 7, dtype=torch.float64), random(*ids.shape, dtype=torch.float64)]
+    expected, expected_grads = oracles.gradients(by_loops, inputs, grad)
+    for inverse in (None, routes.inverse):
+        for owner in (None, token_ids):
+            leaves = [x.clone().requires_grad_() for x in inputs]
+            result = permuted(*leaves, inverse, owner)
+            assert_close(result, expected)
+            for found, wanted in zip(torch.autograd.grad(result, leaves, grad), expected_grads, strict=True):
+                assert_close(found, wanted)
+
+
+@pytest.mark.parametrize("with_inverse", [False, True], ids=["no inverse", "inverse"])
+def test_gradcheck_gather_rows(with_inverse):
+    index = torch.tensor(INDEXES["missing"])
+    inverse = positions(index, 5) if with_inverse else None
+    x = random(5, 3, dtype=torch.float64).requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: gather_rows(x, index, inverse), [x])
+
+
+@pytest.mark.parametrize("owned", [False, True], ids=["any", "owned"])
+def test_gradcheck_gather_sum(owned):
+    index = sum_index("missing")
+    token_ids = owners(index, 6) if owned else None
+    y = random(6, 3, dtype=torch.float64).requires_grad_()
+    weights = random(*index.shape, dtype=torch.float64).requires_grad_()
+    assert torch.autograd.gradcheck(lambda y, w: gather_sum(y, index, w, token_ids), [y, weights])
+
+
+def test_rows_that_are_not_contiguous():
+    x = random(7, 5).t()
+    index = sum_index("unpermute").clamp_max(4)
+    assert_same(gather_rows(x, index[0]), oracles.gather(x, index[0]))
+    assert_close(gather_sum(x, index), oracles.gather_sum(x, index))
+    leaf = x.clone().requires_grad_()
+    (found,) = torch.autograd.grad(gather_rows(leaf, index[0]).sum(), leaf)  # its gradient is one expanded number
+    assert found.sum() == 3 * 7
+
+
+BAD_CALLS = {
+    "rows are a vector": (lambda: gather_rows(torch.ones(4), torch.zeros(2, dtype=torch.int64)), "(4,)"),
+    "index is a matrix": (
+        lambda: gather_rows(torch.ones(4, 3), torch.zeros(2, 5, dtype=torch.int64)),
+        "(2, 5)",
+    ),
+    "index is a float": (lambda: gather_rows(torch.ones(4, 3), torch.zeros(2)), "torch.float32"),
+    "index is a vector": (lambda: gather_sum(torch.ones(4, 3), torch.zeros(6, dtype=torch.int64)), "(6,)"),
+    "summed rows are a vector": (
+        lambda: gather_sum(torch.ones(4), torch.zeros(2, 2, dtype=torch.int64)),
+        "(4,)",
+    ),
+    "inverse of other rows": (
+        lambda: gather_rows(torch.ones(4, 3), torch.zeros(2, dtype=torch.int64), torch.zeros(5, 1, dtype=torch.int64)),
+        "(5, 1)",
+    ),
+    "weights of other sums": (
+        lambda: gather_sum(torch.ones(4, 3), torch.zeros(2, 2, dtype=torch.int64), torch.ones(2, 3)),
+        "(2, 3)",
+    ),
+    "owners of other rows": (
+        lambda: gather_sum(
+            torch.ones(4, 3),
+            torch.zeros(2, 2, dtype=torch.int64),
+            token_ids=torch.zeros(3, dtype=torch.int64),
+        ),
+        "(3,)",
+    ),
+    "choices and weights differ": (
+        lambda: build_routes(torch.zeros(2, 3, dtype=torch.int64), torch.ones(2, 4), 5),
+        "(2, 4)",
+    ),
+    "choices are a vector": (
+        lambda: build_routes(torch.zeros(3, dtype=torch.int64), torch.ones(3), 5),
+        "(3,)",
+    ),
+    "no expert": (lambda: build_routes(torch.zeros(2, 1, dtype=torch.int64), torch.ones(2, 1), 0), "is 0"),
+    "map and probs differ": (
+        lambda: build_routes_from_map(torch.ones(2, 3, dtype=torch.bool), torch.ones(2, 4), 1),
+        "(2, 4)",
+    ),
+    "topk of 0": (
+        lambda: build_routes_from_map(torch.ones(2, 3, dtype=torch.bool), torch.ones(2, 3), 0),
+        "is 0",
+    ),
+    "topk above E": (
+        lambda: build_routes_from_map(torch.ones(2, 3, dtype=torch.bool), torch.ones(2, 3), 4),
+        "is 4",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD_CALLS)
+def test_bad_shapes_are_refused_with_the_value(name):
+    call, value = BAD_CALLS[name]
+    with pytest.raises(ValueError) as raised:
+        call()
+    assert value in str(raised.value)
