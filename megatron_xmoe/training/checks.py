@@ -6,6 +6,7 @@ rank only while the others wait in a collective.
 
 import argparse
 import json
+import struct
 import warnings
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from megatron.training.utils import get_blend_and_blend_per_split
 from megatron.training.vocab_utils import calculate_padded_vocab_size
 
 from megatron_xmoe.training.errors import UsageError, one_line
+
+INDEX_HEADER = struct.Struct("<9sQBQQ")  # Megatron's .idx: magic, version, dtype, sequences, documents
 
 
 def check_arguments(args: argparse.Namespace) -> None:
@@ -136,11 +139,12 @@ def _check_prefix(prefix: str, vocab_size: int | None) -> None:
                 "tools/preprocess_data.py, without the ending"
             )
     fix = "Fix: make the data set again with tools/preprocess_data.py"
+    _check_index_size(Path(get_idx_path(prefix)), fix)
     try:
         index = IndexedDataset(prefix, multimodal=False, mmap=True).index
         pointers, lengths = index.sequence_pointers, index.sequence_lengths
         expected = int(pointers[-1]) + int(lengths[-1]) * index.dtype_size if len(lengths) else 0
-    except Exception as error:  # a truncated index fails in numpy, struct or an assertion
+    except Exception as error:  # a damaged index fails in numpy, struct or an assertion
         raise UsageError(f"data file {get_idx_path(prefix)} is damaged ({one_line(error)}). {fix}") from error
     size = Path(get_bin_path(prefix)).stat().st_size
     if size != expected:
@@ -150,6 +154,18 @@ def _check_prefix(prefix: str, vocab_size: int | None) -> None:
     if expected == 0:
         raise UsageError(f"data set {prefix} holds no tokens. {fix}")
     _check_sidecar(Path(f"{prefix}.json"), vocab_size)
+
+
+def _check_index_size(path: Path, fix: str) -> None:
+    """A truncated index, told from its header before Megatron's reader trips over it."""
+    with path.open("rb") as file:
+        header = file.read(INDEX_HEADER.size)
+    if len(header) < INDEX_HEADER.size:
+        raise UsageError(f"data file {path} has {len(header)} bytes, less than its header. {fix}")
+    *_, sequences, documents = INDEX_HEADER.unpack(header)
+    expected = INDEX_HEADER.size + 12 * sequences + 8 * documents  # lengths int32, pointers and documents int64
+    if path.stat().st_size < expected:
+        raise UsageError(f"data file {path} has {path.stat().st_size} bytes; its header says {expected}. {fix}")
 
 
 def _check_sidecar(path: Path, vocab_size: int | None) -> None:
