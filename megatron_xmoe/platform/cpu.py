@@ -234,18 +234,6 @@ def _without_cuda(original):
     return functools.partial(original, allow_no_cuda=True)
 
 
-def _keeping_random_state(original):
-    @functools.wraps(original)
-    def build(*args, **kwargs):
-        state = torch.get_rng_state()
-        try:
-            return original(*args, **kwargs)
-        finally:
-            torch.set_rng_state(state)
-
-    return build
-
-
 _FACTORIES = ("tensor", "as_tensor", "empty", "zeros", "ones", "full", "rand", "randn", "randint", "arange", "eye",
               "empty_like", "zeros_like", "ones_like", "full_like", "empty_strided")  # fmt: skip
 _MEMORY_FIGURES = ("memory_allocated", "max_memory_allocated", "memory_reserved", "max_memory_reserved",
@@ -281,12 +269,6 @@ TORCH_REPLACEMENTS = [
 
 MEGATRON_REPLACEMENTS = [
     Replacement("megatron.training.training:initialize_megatron", _without_cuda, "it asserts that CUDA is available"),
-    Replacement(
-        "megatron.training.training:build_train_valid_test_data_iterators",
-        _keeping_random_state,
-        "data loaders draw from the CPU's generator, which is the GPU's as well here, and after a resume they are "
-        "built later",
-    ),
     Replacement(
         "megatron.core.tensor_parallel.random:_set_cuda_rng_state",
         _instead(_set_rng_state),

@@ -1,4 +1,4 @@
-"""What the megatron-core wheel cannot do as shipped, GPU or not, when Transformer Engine and Apex are missing."""
+"""What the megatron-core wheel does not do as shipped, on a GPU or not: index builder, exact resume, fused Adam."""
 
 import functools
 import importlib.util
@@ -9,7 +9,7 @@ from megatron_xmoe.platform.patching import Replacement, apply
 
 
 def install() -> list[Replacement]:
-    """Put the repairs in place; a second call changes nothing. Returns them for the start-up report.
+    """Put the repairs in place; a second call changes nothing. Returns what is in place, for the start-up report.
 
     Raises:
         RuntimeError: a symbol to replace does not exist in the installed version.
@@ -110,6 +110,24 @@ def _fuse(adam: torch.optim.Adam) -> None:
                 adam.state[parameter]["step"] = step.to(parameter.device)
 
 
+def _keeping_random_state(original):
+    """Builds the data iterators without a trace in torch's random state.
+
+    A data loader draws a seed from the CPU's generator. A run builds its loaders once, but at another point after a
+    resume than from the start: the states would differ from there on, and on a CPU the dropout masks with them.
+    """
+
+    @functools.wraps(original)
+    def build(*args, **kwargs):
+        state = torch.get_rng_state()
+        try:
+            return original(*args, **kwargs)
+        finally:
+            torch.set_rng_state(state)
+
+    return build
+
+
 _OPTIMIZER = "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer"
 _RESUME = "the distributed optimizer cannot resume with torch's Adam"
 
@@ -126,5 +144,10 @@ REPLACEMENTS = [
         "megatron.core.optimizer:_get_megatron_optimizer_based_on_param_groups",
         _fused_on_a_gpu,
         "torch's Adam is not fused by default, and Megatron leaves it at that",
+    ),
+    Replacement(
+        "megatron.training.training:build_train_valid_test_data_iterators",
+        _keeping_random_state,
+        "the random state after a resume is not that of the run in one go",
     ),
 ]

@@ -20,8 +20,8 @@ def main(program_start: float) -> int:
         _alone_without_launcher()
         on_cpu = cpu.needed()
         stand_ins = cpu.install() if on_cpu else []
-        wheel.install()
-        job = prepare(on_cpu, len(stand_ins))
+        repairs = wheel.install()
+        job = prepare(on_cpu, len(stand_ins), len(repairs))
     except Exception as error:  # ranks share nothing yet: each fails for itself, and all for the same reason
         return _fail(error, before_training=True)
     try:
@@ -35,8 +35,10 @@ def main(program_start: float) -> int:
     return 0
 
 
-def prepare(on_cpu: bool, stand_ins: int) -> Callable[[float], None]:
+def prepare(on_cpu: bool, stand_ins: int, repairs: int) -> Callable[[float], None]:
     """Parse, adjust and check the command line, and set Megatron up with the chosen backend.
+
+    Args: whether the run is on a CPU; numbers of symbols replaced for that, and of repairs, for the start-up block.
 
     Returns:
         A function of the program's start time that runs the training.
@@ -77,7 +79,7 @@ def prepare(on_cpu: bool, stand_ins: int) -> Callable[[float], None]:
     apply_moe_backend(model_config, xmoe, _stock_spec(model_config.transformer_layer_spec))
 
     def report(model_chunks):
-        print_report(xmoe, adjustments, stand_ins)
+        print_report(xmoe, adjustments, stand_ins, repairs)
         if xmoe.xmoe_expert_load_file:
             install_expert_load_tracker(
                 xmoe.xmoe_expert_load_file, args.num_layers, args.num_experts, args.log_interval

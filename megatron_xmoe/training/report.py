@@ -25,13 +25,14 @@ GROUPS = (
 )
 
 
-def print_report(xmoe: XMoEConfig, adjustments: list[str], stand_ins: int) -> None:
+def print_report(xmoe: XMoEConfig, adjustments: list[str], stand_ins: int, repairs: int) -> None:
     """Print the block on rank 0. Called by every rank, once the process groups exist.
 
     Args:
         xmoe: the options.
         adjustments: options set by this program, a line each.
         stand_ins: number of torch and Megatron symbols replaced for a CPU run; 0 on a GPU.
+        repairs: number of Megatron's functions that are repaired everywhere.
     """
     args = get_args()
     nodes = _nodes()
@@ -46,6 +47,7 @@ def print_report(xmoe: XMoEConfig, adjustments: list[str], stand_ins: int) -> No
     lines += [
         f"attention    {_attention(args)}",
         f"device       {_device(stand_ins)}",
+        f"repairs      {repairs} in Megatron-Core's wheel, listed in megatron_xmoe/platform/wheel.py",
         f"nodes        {nodes}",
         *(f"groups       {line}" for line in _groups()),
         *(f"set for you  {line}" for line in adjustments),
