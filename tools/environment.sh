@@ -184,6 +184,7 @@ _xmoe_install() {
     if [[ $status -ne 0 ]]; then
         reason=$(grep -E 'ERROR|No space left|error:' "$_xmoe_log" | head -n 1)
         [[ $reason != *"No space left"* ]] || reason+=" (TMPDIR=/a/larger/disk moves pip's temporary files)"
+        reason=${reason%.}
         _xmoe_error "pip failed: ${reason:-exit code $status}. Fix: see $_xmoe_log, then run this again"
         return 1
     fi
@@ -215,7 +216,7 @@ _xmoe_make() {
             return 1
         fi
         _xmoe_say "making $_xmoe_venv with $base ($("$base" -V))"
-        _xmoe_say "pip downloads about 2.5 GB once (torch comes with its CUDA libraries, without a GPU too): some minutes"
+        _xmoe_say "pip downloads about 3 GB once (torch comes with its CUDA libraries, without a GPU too): some minutes"
         [[ ! -e /dev/kfd ]] || _xmoe_say "note: this machine has an AMD GPU, and torch from PyPI is for NVIDIA and the" \
             "CPU. To use the GPU, stop this and activate an environment with torch for ROCm (see README.md)"
         : > "$_xmoe_mark"
