@@ -82,15 +82,11 @@ class XMoEGroupedMLP(MegatronModule):
     @torch.no_grad()
     def _initialize(self) -> None:
         """Random weights, drawn expert by expert as SequentialMLP does, so that a seed means the same weights."""
-        config = self.config
-        methods = config.init_method, config.output_layer_init_method
+        methods = self.config.init_method, self.config.output_layer_init_method
         for matrices in zip(self.linear_fc1.weight, self.linear_fc2.weight, strict=True):
             for matrix, init_method in zip(matrices, methods, strict=True):
-                if config.use_cpu_initialization:
-                    matrix.copy_(init_method(torch.empty(matrix.shape, dtype=torch.float32)))
-                else:
-                    with get_cuda_rng_tracker().fork(get_expert_parallel_rng_tracker_name()):
-                        init_method(matrix)
+                with get_cuda_rng_tracker().fork(get_expert_parallel_rng_tracker_name()):
+                    init_method(matrix)
 
     def forward(
         self, permuted_local_hidden_states: Tensor, tokens_per_expert: Tensor, permuted_probs: Tensor

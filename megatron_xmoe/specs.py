@@ -51,16 +51,15 @@ def xmoe_decoder_block_spec(config, vp_stage: int | None = None) -> TransformerB
 def substitutions(config: TransformerConfig, xmoe: XMoEConfig) -> dict[type, Any]:
     """Which of Megatron's modules are replaced by which of ours.
 
-    Only the modules that stand in for a missing Transformer Engine or Apex are in it; where one of these is used,
-    the spec does not contain the stand-ins and nothing of it changes.
+    Norm and attention are those that stand in for a missing Transformer Engine or Apex; where one of these is used,
+    the spec does not contain the stand-ins and they do not change. Layer and experts change with backend "xmoe".
     """
     table: dict[type, Any] = {WrappedTorchNorm: TorchNorm}
     if uses_torch_attention(config):
         table[DotProductAttention] = SDPACoreAttention
     if xmoe.moe_backend == "xmoe":
         table[MoELayer] = partial(XMoELayer, xmoe=xmoe)
-        if uses_grouped_experts(config):
-            table[SequentialMLP] = XMoEGroupedMLP
+        table[SequentialMLP] = XMoEGroupedMLP
     return table
 
 
@@ -70,11 +69,6 @@ def uses_torch_attention(config: TransformerConfig) -> bool:
     Not where the user chose the unfused one, nor for a softmax with an offset, which fused attention cannot compute.
     """
     return config.softmax_type == "vanilla" and config.attention_backend not in (AttnBackend.unfused, AttnBackend.local)
-
-
-def uses_grouped_experts(config: TransformerConfig) -> bool:
-    """Whether grouped experts take the place of Megatron's loop over experts; with biases the loop stays."""
-    return not config.add_bias_linear
 
 
 def substitute(spec: Any, table: dict[type, Any]) -> Any:

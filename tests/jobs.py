@@ -53,7 +53,9 @@ class Job:
         return [line for line in self.errors.splitlines() if "pretrain_xmoe.py: error" in line]
 
 
-def run_job(*arguments: str | list[str], processes: int = 1, timeout: int = 300, fails: bool = False) -> Job:
+def run_job(
+    *arguments: str | list[str], processes: int = 1, timeout: int = 300, fails: bool = False, **environment: str
+) -> Job:
     """Run pretrain_xmoe.py under torchrun and wait for it; a failure that was not expected shows the log."""
     flat = [part for argument in arguments for part in ([argument] if isinstance(argument, str) else argument)]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
@@ -62,7 +64,7 @@ def run_job(*arguments: str | list[str], processes: int = 1, timeout: int = 300,
         capture_output=True,
         text=True,
         timeout=timeout,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
     )
     job = Job(done.returncode, done.stdout, done.stderr)
     assert fails or job.returncode == 0, f"{flat}\n{job.output[-1500:]}\n{job.errors[-6000:]}"

@@ -47,7 +47,7 @@ class AllToAllDispatcher(MoETokenDispatcher):
         routes = build_routes_from_map(routing_map, probs, self.config.moe_router_topk)
         sent, received = self._exchange_counts(routes.tokens_per_expert)
         num_rows = sum(sent)
-        expert_order, arrival_order = self._expert_major_order(received)
+        expert_order, arrival_order = self._expert_major_order(received, hidden_states.device)
         self.state = DispatchState(
             hidden_shape=hidden_states.shape,
             inverse=routes.inverse,
@@ -101,15 +101,16 @@ class AllToAllDispatcher(MoETokenDispatcher):
         sent, received = torch.stack([sent, received]).cpu()  # the one host synchronisation of a pass
         return sent.sum(dim=1).tolist(), received
 
-    def _expert_major_order(self, received: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    def _expert_major_order(
+        self, received: Tensor, device: torch.device
+    ) -> tuple[Tensor | None, Tensor | None]:
         """Reorder rows that arrive by rank, then expert, into expert, then rank.
 
-        Args: received [G, E / G] on the CPU. Returns the two index arrays of DispatchState, both [M].
+        Args: received [G, E / G] on the CPU; the rows' device. Returns DispatchState's two index arrays, both [M].
         """
         if self.ep_size == 1 or self.num_local_experts == 1:
             return None, None
         num_rows = int(received.sum())
-        device = torch.cuda.current_device()
         counts = received.to(device, non_blocking=True)
         experts = torch.arange(self.num_local_experts, device=device).repeat(self.ep_size)
         expert_of_row = experts.repeat_interleave(counts.flatten(), output_size=num_rows)

@@ -38,6 +38,8 @@ def why_not_grouped_mm(dtype: torch.dtype, features: Iterable[int]) -> str:
     """
     if not torch.cuda.is_available():
         return "no GPU"
+    if not hasattr(F, "grouped_mm"):
+        return f"not in torch {torch.__version__}"
     if torch.version.hip is not None:
         return "not tried on ROCm"
     if torch.cuda.get_device_capability() < (9, 0):

@@ -72,6 +72,11 @@ def _check_shape(args: argparse.Namespace) -> None:
             f"--moe-layer-freq has {len(pattern)} entries; it must have one for each of --num-layers, "
             f"{args.num_layers}. Fix: change one of them"
         )
+    if args.moe_backend == "xmoe" and isinstance(pattern, list) and not any(pattern):
+        raise UsageError(
+            f"--moe-layer-freq {pattern} makes every layer dense; --moe-backend xmoe needs one with experts. "
+            "Fix: put a 1 in it"
+        )
     uneven = (args.pipeline_model_parallel_layout, args.decoder_first_pipeline_num_layers,
               args.decoder_last_pipeline_num_layers)  # fmt: skip
     embedding_counts = args.account_for_embedding_in_pipeline_split or args.account_for_loss_in_pipeline_split
@@ -147,10 +152,8 @@ def _check_prefix(prefix: str, vocab_size: int | None) -> None:
     except Exception as error:  # a damaged index fails in numpy, struct or an assertion
         raise UsageError(f"data file {get_idx_path(prefix)} is damaged ({one_line(error)}). {fix}") from error
     size = Path(get_bin_path(prefix)).stat().st_size
-    if size != expected:
-        raise UsageError(
-            f"data file {get_bin_path(prefix)} has {size} bytes; its index says {expected}. {fix}"
-        )
+    if size < expected:
+        raise UsageError(f"data file {get_bin_path(prefix)} has {size} bytes; its index says {expected}. {fix}")
     if expected == 0:
         raise UsageError(f"data set {prefix} holds no tokens. {fix}")
     _check_sidecar(Path(f"{prefix}.json"), vocab_size)
@@ -256,9 +259,8 @@ def _vocabulary_difference(saved: argparse.Namespace, vocab_size: int) -> list[t
     if noted is not None:
         return [("vocabulary", noted, vocab_size)] if noted != vocab_size else []
     padded = getattr(saved, "padded_vocab_size", None)
-    if padded is None:
+    padding = (getattr(saved, "make_vocab_size_divisible_by", None), getattr(saved, "tensor_model_parallel_size", None))
+    if None in (padded, *padding):  # a converter wrote only some of the arguments
         return []
-    would_be = calculate_padded_vocab_size(
-        vocab_size, saved.make_vocab_size_divisible_by, saved.tensor_model_parallel_size, logging_enabled=False
-    )
+    would_be = calculate_padded_vocab_size(vocab_size, *padding, logging_enabled=False)
     return [("padded vocabulary", padded, would_be)] if would_be != padded else []

@@ -97,7 +97,6 @@ def _without_transformer_engine(changes: Adjustments) -> None:
 def _on_cpu(changes: Adjustments) -> None:
     why = "no accelerator"
     changes.set("distributed_backend", "gloo", "--distributed-backend gloo", why)
-    changes.set("use_cpu_initialization", True, "--use-cpu-initialization", why)
     for name, option in (
         ("bias_swiglu_fusion", "--no-bias-swiglu-fusion"),
         ("bias_gelu_fusion", "--no-bias-gelu-fusion"),
@@ -115,12 +114,13 @@ def _on_gpu(changes: Adjustments) -> None:
     if args.tensor_model_parallel_size > 1 and not (args.use_torch_fsdp2 or args.use_megatron_fsdp):
         connections = os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
         changes.lines.append(f"CUDA_DEVICE_MAX_CONNECTIONS={connections}  (tensor parallelism needs 1)")
-    if args.swiglu and args.num_experts and args.add_bias_linear:
-        changes.switch_off("bias_swiglu_fusion", "--no-bias-swiglu-fusion", "the experts' fused SwiGLU takes no bias")
 
 
 def _for_experts(changes: Adjustments) -> None:
     args, given = changes.args, changes.given
+    if args.moe_backend == "xmoe" or args.transformer_impl == "local":
+        why = "experts with biases do not train without Transformer Engine's grouped experts"
+        changes.set("add_bias_linear", False, "--disable-bias-linear", why)
     if "moe_token_dispatcher_type" not in given:
         changes.set(
             "moe_token_dispatcher_type",

@@ -98,6 +98,12 @@ def _reject(loss: Tensor, rejection_func, message: str, fatal: bool) -> None:
 
 
 _stragglers = StragglerDetector()
+_begun = False
+
+
+def training_has_begun() -> bool:
+    """Whether a forward pass was started: until then, errors are most likely the user's."""
+    return _begun
 
 
 def forward_step(data_iterator, model):
@@ -106,6 +112,8 @@ def forward_step(data_iterator, model):
     Returns:
         The stage's output (token losses [B, S] on the last) and the function that reduces it.
     """
+    global _begun
+    _begun = True
     args, timers = get_args(), get_timers()
     timers("batch-generator", log_level=2).start()
     with _stragglers(bdata=True):

@@ -1,6 +1,7 @@
 """From the command line to Megatron's training loop."""
 
 import logging
+import multiprocessing
 import os
 import socket
 import sys
@@ -27,8 +28,12 @@ def main(program_start: float) -> int:
     try:
         job(program_start)
     except Exception as error:
-        code = _fail(error, before_training=not _training_has_begun())
+        from megatron_xmoe.training.gpt_step import training_has_begun
+
+        code = _fail(error, before_training=not training_has_begun())
         # leave at once: a normal exit would wait in collectives for ranks that are still training
+        for child in multiprocessing.active_children():  # Megatron's checkpoint writers
+            child.terminate()
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
@@ -66,7 +71,7 @@ def prepare(on_cpu: bool, stand_ins: int, repairs: int) -> Callable[[float], Non
         load_args_from_checkpoint(args)
     adjustments = adjust(args, given, on_cpu)
     checks.check_arguments(args)
-    check_options(args, given, defaults)
+    check_options(args, defaults)
     validate_args(args)
     set_global_variables(args)
     args = get_args()
@@ -120,12 +125,6 @@ def _train(container, program_start: float) -> None:
     pretrain(container, datasets_provider, ModelType.encoder_or_decoder, forward_step)
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def _training_has_begun() -> bool:
-    from megatron.training import get_timers
-
-    return "batch-generator" in get_timers()._timers  # the first forward step creates it
 
 
 def _fail(error: Exception, before_training: bool) -> int:

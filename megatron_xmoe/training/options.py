@@ -161,7 +161,7 @@ LIMITED = {
         "use aux_loss, seq_aux_loss, global_aux_loss or none",
     ),
     "recompute_granularity": (
-        "selective recomputation inside the MoE block is not served yet",
+        "selective recomputation is not served yet",
         lambda args: args.recompute_granularity in (None, "full"),
         "use --recompute-granularity full",
     ),
@@ -169,6 +169,11 @@ LIMITED = {
         "it stands for selective recomputation, which is not served yet",
         lambda args: not args.recompute_activations,
         "use --recompute-granularity full",
+    ),
+    "ckpt_format": (
+        "its file names the weights as the class of the experts does, so it would not load into Megatron's own layers",
+        lambda args: args.ckpt_format != "torch",
+        "use --ckpt-format torch_dist",
     ),
     "sequence_parallel": (
         "with tensor parallelism the MoE block needs a share of the sequence on each rank",
@@ -187,6 +192,8 @@ SPELLINGS = {
     "torch_fsdp2_reshard_after_forward": "--torch-fsdp2-no-reshard-after-forward",
 }
 
+SCRIPT = "pretrain_xmoe.py"
+
 # Not available in this entry script with either backend.
 UNAVAILABLE: dict[str, Refusal] = {
     "yaml_cfg": Refusal("a YAML file replaces the whole command line, ours included", "give the options themselves"),
@@ -202,21 +209,23 @@ UNAVAILABLE: dict[str, Refusal] = {
 }
 
 
-def check_options(args: argparse.Namespace, given: set[str], defaults: dict[str, object]) -> None:
+def check_options(args: argparse.Namespace, defaults: dict[str, object]) -> None:
     """Refuse what is not served.
 
     Args:
-        args: parsed and adjusted arguments, not yet validated by Megatron.
-        given: destinations that the command line set.
+        args: parsed and adjusted arguments, not yet validated by Megatron; those that --use-checkpoint-args took from
+            a checkpoint count as well.
         defaults: destination -> default of every option.
 
     Raises:
         UsageError: the first option that is not served, the reason, and the way out.
     """
-    changed = [name for name in sorted(given) if getattr(args, name, None) != defaults.get(name)]
+    changed = [name for name in sorted(defaults) if getattr(args, name, defaults[name]) != defaults[name]]
     for name in changed:
         if name in UNAVAILABLE:
-            _refuse(name, args, UNAVAILABLE[name], "pretrain_xmoe.py")
+            _refuse(name, args, UNAVAILABLE[name], SCRIPT)
+    if args.mtp_num_layers and args.pipeline_model_parallel_size > 1:
+        _refuse("mtp_num_layers", args, Refusal("its batches are built for one pipeline stage", "use one"), SCRIPT)
     if args.moe_backend != "xmoe":
         return
     for name in changed:

@@ -13,7 +13,7 @@ from megatron_xmoe import _optional
 from megatron_xmoe.config import XMoEConfig
 from megatron_xmoe.kernels.registry import choose_kernels
 from megatron_xmoe.ops.grouped_gemm import why_not_grouped_mm
-from megatron_xmoe.specs import uses_grouped_experts, uses_torch_attention
+from megatron_xmoe.specs import uses_torch_attention
 from megatron_xmoe.version import __version__
 
 GROUPS = (
@@ -65,10 +65,6 @@ def _backend(xmoe: XMoEConfig, args) -> str:
 
 
 def _experts(args) -> str:
-    if args.transformer_impl == "transformer_engine":
-        return "Transformer Engine's, as in Megatron"
-    if not uses_grouped_experts(args):
-        return "Megatron's SequentialMLP, a loop over the local experts (grouped ones have no biases)"
     reason = why_not_grouped_mm(args.params_dtype, (args.hidden_size, args.moe_ffn_hidden_size))
     if reason:
         return f"grouped; matrix products by a loop over the local experts (grouped_mm: {reason})"

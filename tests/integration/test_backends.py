@@ -2,7 +2,8 @@
 
 import json
 
-from jobs import TOY, run_job
+import pytest
+from jobs import TOY, run_job, saved_tensors
 
 RUN = "--train-iters 2 --expert-model-parallel-size 2".split()
 
@@ -25,6 +26,48 @@ def test_start_up_block(tmp_path):
     for line in lines:
         assert set(line["layers"]) == {"2", "3", "5", "6"}
         assert all(sum(counts) == 12 * 16 * 3 for counts in line["layers"].values())  # sequences x tokens x top-k
+
+
+@pytest.mark.parametrize("backend", ["megatron", "xmoe"])
+def test_ranks_start_with_experts_of_their_own(backend, tmp_path):
+    """Each expert-parallel rank draws its experts from a random state of its own."""
+    run_job(TOY, "--moe-backend", backend, "--expert-model-parallel-size", "2", "--train-iters", "1", "--lr", "0",
+            "--save", str(tmp_path), "--save-interval", "1", "--no-save-optim", processes=2)  # fmt: skip
+    weights = saved_tensors(tmp_path, 1)
+    matrices = [weight for name, weight in weights.items() if ".mlp.experts" in name and name.endswith("weight")]
+    assert len(matrices) == 2 * 4 and all(len(matrix) == 12 for matrix in matrices)
+    for matrix in matrices:
+        assert len({tuple(expert.flatten()[:8].tolist()) for expert in matrix}) == 12
+
+
+def test_biases_are_switched_off_and_said():
+    """Experts with biases do not train in Megatron without Transformer Engine; the entry does not demand the flag."""
+    with_biases = [part for part in TOY if part != "--disable-bias-linear"]
+    job = run_job(with_biases, RUN, "--moe-backend", "xmoe", processes=2)
+    assert "set for you  --disable-bias-linear  (experts with biases" in job.output
+    assert len(job.losses) == 2
+
+
+def test_options_of_a_checkpoint_are_refused_like_given_ones(tmp_path):
+    """--use-checkpoint-args brings options that the command line does not show."""
+    run_job(TOY, "--moe-grouped-gemm", "--train-iters", "1", "--save", str(tmp_path), "--save-interval", "1")
+    loading = ["--use-checkpoint-args", "--load", str(tmp_path), "--finetune", "--train-iters", "1"]
+    refused = run_job(TOY, loading, "--moe-backend", "xmoe", fails=True)
+    assert refused.returncode != 0
+    assert "--moe-grouped-gemm" in refused.told()[0] and "Fix:" in refused.told()[0]
+
+
+def test_an_error_in_the_middle_of_training_shows_its_traceback(tmp_path):
+    """Only what comes before the first forward pass is told in one line."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import torch\n"
+        "original = torch.nn.functional.scaled_dot_product_attention\n"
+        "def failing(*args, **kwargs): raise RuntimeError('attention broke')\n"
+        "torch.nn.functional.scaled_dot_product_attention = failing\n"
+    )
+    job = run_job(TOY, RUN, "--moe-backend", "xmoe", processes=2, fails=True, PYTHONPATH=str(tmp_path))
+    assert job.returncode != 0
+    assert "attention broke" in job.told()[0] and "in forward_step" in job.errors
 
 
 def test_stock_backend():

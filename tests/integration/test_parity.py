@@ -14,6 +14,7 @@ LAYOUTS = {
         4,
         "--tensor-model-parallel-size 2 --sequence-parallel --expert-model-parallel-size 4",
     ),
+    "TP2 with sequence parallelism": (2, "--tensor-model-parallel-size 2 --sequence-parallel"),
     "PP2 x EP2": (4, "--pipeline-model-parallel-size 2 --expert-model-parallel-size 2"),
     "PP3": (3, "--pipeline-model-parallel-size 3"),
     "interleaved PP2": (2, "--pipeline-model-parallel-size 2 --num-virtual-stages-per-pipeline-rank 3"),

@@ -40,7 +40,7 @@ def experts(activation, build_only=None, **options):
     config = TransformerConfig(
         num_layers=1, hidden_size=HIDDEN, num_attention_heads=2, num_moe_experts=EXPERTS, ffn_hidden_size=FFN,
         moe_ffn_hidden_size=FFN, add_bias_linear=False, gated_linear_unit=gated, activation_func=function,
-        use_cpu_initialization=True, gradient_accumulation_fusion=False, bias_activation_fusion=False,
+        gradient_accumulation_fusion=False, bias_activation_fusion=False,
         **options,
     )  # fmt: skip
     groups = ProcessGroupCollection.use_mpu_process_groups()

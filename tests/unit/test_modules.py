@@ -295,13 +295,6 @@ def test_attention_stays_megatrons_where_ours_cannot_or_should_not_serve(changes
     assert XMoELayer in modules
 
 
-def test_experts_with_biases_stay_megatrons():
-    cfg = moe_config(add_bias_linear=True)
-    modules = list(modules_in(substitute(local_block_spec(cfg), substitutions(cfg, XMOE))).values())
-    assert SequentialMLP in modules and XMoEGroupedMLP not in modules
-    assert XMoELayer in modules
-
-
 def test_backend_megatron_keeps_its_layer():
     cfg = moe_config()
     modules = list(modules_in(substitute(local_block_spec(cfg), substitutions(cfg, XMoEConfig()))).values())
