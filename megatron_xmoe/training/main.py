@@ -100,12 +100,13 @@ def _stock_spec(chosen):
     """The spec callable that Megatron would use: --spec's, or its own choice."""
     import inspect
 
+    from megatron.core.transformer.spec_utils import ModuleSpec
     from megatron.training.models.gpt import default_layer_spec
 
     def stock_spec(config, vp_stage):
         if chosen is None:
             return default_layer_spec(config, vp_stage)
-        if not callable(chosen):
+        if isinstance(chosen, ModuleSpec) or not callable(chosen):  # a ModuleSpec is callable, but builds a module
             return chosen
         if "vp_stage" in inspect.signature(chosen).parameters:
             return chosen(config, vp_stage=vp_stage)

@@ -59,6 +59,8 @@ def print_report(xmoe: XMoEConfig, adjustments: list[str], stand_ins: int, repai
 def _backend(xmoe: XMoEConfig, args) -> str:
     if xmoe.moe_backend == "xmoe":
         return f"xmoe (XMoELayer) for {args.num_experts} experts, top-{args.moe_router_topk}"
+    if args.spec:
+        return f"megatron, with the layers of --spec {' '.join(args.spec)}"
     if args.num_experts:
         return f"megatron (MoELayer, {args.moe_token_dispatcher_type} dispatcher); --moe-backend xmoe changes that"
     return "megatron (dense model)"

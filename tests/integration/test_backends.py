@@ -76,6 +76,14 @@ def test_stock_backend():
     assert len(job.losses) == 2
 
 
+def test_layers_of_a_given_spec():
+    """Megatron's own seam, which needs none of our options."""
+    spec = ["megatron_xmoe.specs", "xmoe_decoder_block_spec"]
+    job = run_job(TOY, RUN, "--spec", *spec, processes=2)
+    assert f"megatron, with the layers of --spec {' '.join(spec)}" in job.output
+    assert len(job.losses) == 2
+
+
 def test_dense_model():
     dense = [
         "--num-layers", "2", "--hidden-size", "32", "--num-attention-heads", "4", "--seq-length", "16",
