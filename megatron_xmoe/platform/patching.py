@@ -1,6 +1,7 @@
 """Replacing a named symbol of another package: idempotent, labelled, and loud when the symbol has moved."""
 
 import importlib
+import importlib.metadata
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -51,10 +52,8 @@ def _apply_one(replacement: Replacement) -> bool:
 
 def _moved(replacement: Replacement, module_name: str, error: Exception) -> str:
     package = module_name.split(".")[0]
-    if package == "megatron":
-        from megatron.core.package_info import __version__ as version
-
-        package = "megatron-core"
+    if package == "megatron":  # its own __version__ carries the commit of whatever repository it lies in
+        package, version = "megatron-core", importlib.metadata.version("megatron-core")
     else:
         version = getattr(sys.modules.get(package), "__version__", "of unknown version")
     return (
