@@ -45,8 +45,8 @@ class ExpertWeight(torch.nn.Module):
 class XMoEGroupedMLP(MegatronModule):
     """The experts of a rank as grouped matrix products: SwiGLU, GeGLU, GELU, squared ReLU; no biases.
 
-    Saves the input and the pre-activation for backward, nothing else: 2d + 4Kn bytes a token in bf16 with gated
-    experts, where d is the hidden size, n the experts' FFN size and K the number of experts per token.
+    Saves its input rows and the pre-activation for backward, and the routing weights: 2Kd + 4Kn bytes a token in bf16
+    with gated experts, where d is the hidden size, n the experts' FFN size and K the number of experts per token.
 
     Checkpoints are those of Megatron's SequentialMLP and TEGroupedMLP: the same keys and shapes on disk.
     """
