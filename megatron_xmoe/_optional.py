@@ -41,3 +41,11 @@ def transformer_engine() -> Availability:
 def apex_layer_norm() -> Availability:
     """NVIDIA's Apex with its fused layer norm (the package of that name on PyPI is something else)."""
     return probe("apex.normalization.fused_layer_norm")
+
+
+def extension(device_type: str) -> Availability:
+    """Our compiled kernels, `megatron_xmoe._C`. Args: device_type, torch's "cuda" (also for AMD) or "cpu"."""
+    found = probe("megatron_xmoe._C")
+    if not found.usable or device_type == "cpu" or importlib.import_module("megatron_xmoe._C").has_gpu():
+        return found
+    return Availability(found.name, False, "built without GPU kernels")

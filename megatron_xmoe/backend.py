@@ -6,6 +6,7 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 from torch import nn
 
 from megatron_xmoe.config import XMoEConfig
+from megatron_xmoe.kernels.registry import kernels_in_use, pin
 from megatron_xmoe.layer import XMoELayer
 from megatron_xmoe.specs import Spec, substituting
 
@@ -22,12 +23,16 @@ def apply_moe_backend(model_config, xmoe: XMoEConfig, stock_spec: Callable[..., 
         stock_spec: the spec callable that Megatron would use by itself.
 
     Raises:
-        ValueError: backend "xmoe" for a model without experts.
+        ValueError: backend "xmoe" for a model without experts, or with kernels that cannot run here.
     """
     if xmoe.moe_backend == "xmoe" and not model_config.transformer.num_moe_experts:
         raise ValueError(
             "--moe-backend xmoe for a model without experts: add --num-experts N, or leave --moe-backend out"
         )
+    if xmoe.moe_backend == "xmoe":
+        if xmoe.xmoe_kernels != "auto":
+            pin(xmoe.xmoe_kernels)
+        kernels_in_use()  # a pinned backend that cannot run here is an error now, not in the first step
     model_config.transformer_layer_spec = substituting(stock_spec, xmoe)
     if xmoe.moe_backend == "xmoe":
         model_config.post_wrap_hooks.append(verify_no_stock_layer)

@@ -13,10 +13,11 @@ class XMoEConfig:
     replaces it by X-MoE's layer: the same router, experts, losses and checkpoints, but only routed rows are stored
     and sent (padding-free token buffers). Checkpoints move between the two in both directions."""
 
-    xmoe_kernels: Literal["auto", "reference"] = "auto"
-    """Implementation of routing and row movement. 'auto' takes the fastest one that can run here and says at
-    start-up which and why; a name pins one, and the run stops if it cannot be used. 'reference' is plain torch and
-    runs everywhere."""
+    xmoe_kernels: Literal["auto", "cpp", "triton", "reference"] = "auto"
+    """Implementation of routing and row movement. 'auto' takes the fastest one that can run here (or the one that the
+    environment variable XMOE_KERNELS names) and says at start-up which and why; a name pins one, and the run stops if
+    it cannot be used. 'cpp' is megatron_xmoe._C, compiled C++, CUDA or HIP; 'triton' needs a GPU; 'reference' is plain
+    torch and runs everywhere. `python -m megatron_xmoe.info` lists them."""
 
     xmoe_expert_load_file: str | None = None
     """File for the load of each expert: at every logged iteration rank 0 appends a line of JSON with the number of

@@ -9,7 +9,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_xmoe.dispatch.state import DispatchState
-from megatron_xmoe.ops import build_routes_from_map, gather_rows, gather_sum
+from megatron_xmoe.ops import build_routes_from_map, gather_rows, gather_sum, merge_order
 
 
 class AllToAllDispatcher(MoETokenDispatcher):
@@ -110,11 +110,4 @@ class AllToAllDispatcher(MoETokenDispatcher):
         """
         if self.ep_size == 1 or self.num_local_experts == 1:
             return None, None
-        num_rows = int(received.sum())
-        counts = received.to(device, non_blocking=True)
-        experts = torch.arange(self.num_local_experts, device=device).repeat(self.ep_size)
-        expert_of_row = experts.repeat_interleave(counts.flatten(), output_size=num_rows)
-        expert_order = torch.argsort(expert_of_row, stable=True)
-        arrival_order = torch.empty_like(expert_order)
-        arrival_order[expert_order] = torch.arange(num_rows, device=device)
-        return expert_order, arrival_order
+        return merge_order(received.to(device, non_blocking=True), int(received.sum()))

@@ -14,10 +14,10 @@ class DispatchState:
     """Shape of the layer's input, [S, B, H]."""
 
     inverse: Tensor
-    """[T, K] int64: the sent row of a token's k-th route, -1 where it has none."""
+    """[T, K] int32: the sent row of a token's k-th route, -1 where it has none."""
 
     token_ids: Tensor
-    """[N] int64: the token of each sent row."""
+    """[N] int32: the token of each sent row."""
 
     input_splits: list[int]
     """Rows sent to each of the G ranks; sums to N."""
@@ -29,7 +29,7 @@ class DispatchState:
     """[E / G] int64 on the CPU: received rows of each local expert; sums to M."""
 
     expert_order: Tensor | None
-    """[M] int64: received row of each expert-major position; None where the order is the same already."""
+    """[M] int32: received row of each expert-major position; None where the order is the same already."""
 
     arrival_order: Tensor | None
-    """[M] int64: expert-major position of each received row, the inverse of `expert_order`."""
+    """[M] int32: expert-major position of each received row, the inverse of `expert_order`."""

@@ -1,27 +1,131 @@
-"""Which implementation of routing and row movement is used, chosen once and with a reason."""
+"""Which implementation of routing and row movement is used: chosen once, by a written order, with a reason.
 
+Backends are modules with the functions of `kernels.reference`. `pin` (the training script's --xmoe-kernels) or the
+environment variable XMOE_KERNELS names one; otherwise the first of PREFERENCE that can run on the device is taken.
+"""
+
+import os
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
 
-PREFERENCE = ("reference",)
-_REASONS = {"reference": "plain torch, which runs everywhere; this version ships no compiled kernels"}
+import torch
+
+from megatron_xmoe import _optional
+
+ENVIRONMENT = "XMOE_KERNELS"
+PREFERENCE = ("cpp", "triton", "reference")
+_MODULES = {
+    "cpp": ("cpp",),
+    "triton": ("triton_routes", "triton_rows"),
+    "reference": ("reference",),
+}
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Whether a backend can run on a kind of device, and why or why not."""
+
+    name: str
+    usable: bool
+    reason: str
 
 
 @dataclass(frozen=True)
 class KernelChoice:
-    """The implementation in use."""
+    """The backend in use."""
 
     name: str
     reason: str
 
 
-def choose_kernels(pinned: str = "auto") -> KernelChoice:
-    """The implementation for `pinned`, or the first in the order of preference that can run here.
+def pin(name: str) -> None:
+    """Use backend `name` from now on in this process and its children; "auto" lets the order decide.
 
     Raises:
         ValueError: an unknown name.
     """
-    if pinned == "auto":
-        return KernelChoice(PREFERENCE[0], _REASONS[PREFERENCE[0]])
-    if pinned not in PREFERENCE:
-        raise ValueError(f"--xmoe-kernels {pinned} is unknown; it must be auto or one of {', '.join(PREFERENCE)}")
-    return KernelChoice(pinned, f"pinned by --xmoe-kernels; {_REASONS[pinned]}")
+    _check(name)
+    os.environ[ENVIRONMENT] = name
+
+
+def candidates(device_type: str) -> list[Candidate]:
+    """All backends, in the order of preference. Args: device_type, torch's "cuda" (also for AMD) or "cpu"."""
+    return [_candidate(name, device_type) for name in PREFERENCE]
+
+
+def choose_kernels(pinned: str, device_type: str) -> KernelChoice:
+    """The backend named `pinned`, or for "auto" the first that can run on the device.
+
+    Raises:
+        ValueError: an unknown name, or a named backend that cannot run here.
+    """
+    _check(pinned)
+    found = candidates(device_type)
+    if pinned != "auto":
+        (candidate,) = (c for c in found if c.name == pinned)
+        if not candidate.usable:
+            others = ", ".join(c.name for c in found if c.usable)
+            raise ValueError(
+                f"--xmoe-kernels (or {ENVIRONMENT}) {pinned} cannot run on {_spoken(device_type)}: {candidate.reason}. "
+                f"Fix: leave it out, or use one of: {others}"
+            )
+        return KernelChoice(pinned, f"pinned; {candidate.reason}")
+    taken = next(c for c in found if c.usable)
+    passed = "; ".join(f"{c.name}: {c.reason}" for c in found[: found.index(taken)])
+    return KernelChoice(taken.name, f"{taken.reason}{f' (not {passed})' if passed else ''}")
+
+
+def kernels_in_use() -> KernelChoice:
+    """The backend that tensors of this machine get: those on the GPU where there is one.
+
+    Raises:
+        ValueError: the pinned backend is unknown or cannot run here.
+    """
+    return choose_kernels(_pinned(), "cuda" if torch.cuda.is_available() else "cpu")
+
+
+def kernel(operation: str, device_type: str) -> Callable:
+    """The function `operation` of the backend in use for a kind of device.
+
+    Raises:
+        ValueError: the pinned backend is unknown or cannot run here.
+    """
+    return _kernel(operation, device_type, _pinned())
+
+
+@cache
+def _kernel(operation: str, device_type: str, pinned: str) -> Callable:
+    return implementation(choose_kernels(pinned, device_type).name, operation)
+
+
+def implementation(name: str, operation: str) -> Callable:
+    """The function `operation` of backend `name`, whether or not it can run here."""
+    modules = [import_module(f"megatron_xmoe.kernels.{part}") for part in _MODULES[name]]
+    return next(getattr(module, operation) for module in modules if hasattr(module, operation))
+
+
+def _pinned() -> str:
+    return os.environ.get(ENVIRONMENT) or "auto"
+
+
+def _candidate(name: str, device_type: str) -> Candidate:
+    if name == "reference":
+        return Candidate(name, True, "plain torch, which runs everywhere")
+    if name == "cpp":
+        found = _optional.extension(device_type)
+        return Candidate(name, found.usable, found.reason)
+    if device_type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return Candidate(name, False, "Triton's kernels need a GPU (or TRITON_INTERPRET=1, its slow interpreter)")
+    found = _optional.probe("triton")
+    return Candidate(name, found.usable, found.reason)
+
+
+def _check(name: str) -> None:
+    if name not in ("auto", *PREFERENCE):
+        raise ValueError(f"kernels {name!r} are unknown; it must be auto or one of {', '.join(PREFERENCE)}")
+
+
+def _spoken(device_type: str) -> str:
+    return "a GPU" if device_type == "cuda" else f"a {device_type.upper()}"

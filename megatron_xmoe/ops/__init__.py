@@ -1,6 +1,6 @@
 """Routing and row movement as differentiable functions. Needs torch only: no Megatron, no torch.distributed."""
 
-from megatron_xmoe.ops.routes import Routes, build_routes, build_routes_from_map
+from megatron_xmoe.ops.routes import Routes, build_routes, build_routes_from_map, merge_order
 from megatron_xmoe.ops.rows import gather_rows, gather_sum
 
-__all__ = ["Routes", "build_routes", "build_routes_from_map", "gather_rows", "gather_sum"]
+__all__ = ["Routes", "build_routes", "build_routes_from_map", "gather_rows", "gather_sum", "merge_order"]

@@ -1,11 +1,14 @@
 """Routing metadata of a padding-free token buffer (paper, section 4.1): the four ERI arrays and their inverse."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from megatron_xmoe.ops import reference
+from megatron_xmoe.kernels.registry import kernel
+
+Policy = Literal["probs", "position"]
 
 
 @dataclass(frozen=True)
@@ -13,70 +16,81 @@ class Routes:
     """Which token goes to which expert, in expert order. A route is one (token, expert) pair.
 
     Letters: T tokens, K experts per token, E experts. Arrays over routes have T*K entries; the first
-    `tokens_per_expert.sum()` of them exist, the rest (only where a token has fewer than K experts) are padding
-    that must be cut off by a caller who knows the count. So building needs no host synchronisation.
+    `tokens_per_expert.sum()` of them are kept routes. Entries after those have token and expert -1 and weight 0: they
+    may be cut off by a caller who knows the count, or left. So building needs no host synchronisation.
     """
 
     token_ids: Tensor
-    """[T*K] int64: token of each route; order expert, then token."""
+    """[T*K] int32: token of each route; order expert, then token, then the token's own order."""
 
     expert_ids: Tensor
-    """[T*K] int64: expert of each route, ascending."""
+    """[T*K] int32: expert of each route, ascending."""
 
     tokens_per_expert: Tensor
-    """[E] int64: routes of each expert."""
+    """[E] int64: kept routes of each expert."""
 
     combine_weights: Tensor
     """[T*K]: routing weight of each route, differentiable."""
 
     inverse: Tensor
-    """[T, K] int64: position in the arrays above of a token's k-th route, -1 where it has none."""
+    """[T, K] int32: position in the arrays above of a token's k-th route, -1 where it has none or it was dropped."""
 
 
-def build_routes(topk_ids: Tensor, topk_weights: Tensor, num_experts: int) -> Routes:
+def build_routes(
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    num_experts: int,
+    capacity: int | None = None,
+    policy: Policy = "probs",
+) -> Routes:
     """Sort a token's choices by expert, then by token, in O(T*K) memory and without a host synchronisation.
 
     Args:
-        topk_ids: [T, K] integer expert of each choice, below E, -1 for none. Not checked: that would need a host
-            synchronisation.
-        topk_weights: [T, K] routing weights, differentiable.
+        topk_ids: [T, K] int32 or int64 expert of each choice, below E, negative for none. Not checked: that would
+            need a host synchronisation.
+        topk_weights: [T, K] routing weights, any floating dtype, differentiable.
         num_experts: E.
+        capacity: most routes of an expert (paper, section 4.1); None keeps all.
+        policy: which routes stay: "probs" those of largest weight, the earliest token among equals; "position" those
+            of the earliest tokens.
 
     Raises:
-        ValueError: shapes that differ, or no expert at all.
+        ValueError: shapes or dtypes that do not fit, no expert at all, negative capacity, unknown policy.
     """
     if topk_ids.dim() != 2 or topk_ids.shape != topk_weights.shape:
         raise ValueError(
             f"topk_ids {tuple(topk_ids.shape)} and topk_weights {tuple(topk_weights.shape)} must both be [T, K]"
         )
+    if topk_ids.dtype not in (torch.int32, torch.int64) or not topk_weights.is_floating_point():
+        raise ValueError(
+            f"topk_ids are {topk_ids.dtype} and topk_weights {topk_weights.dtype}; they must be int32 or int64, "
+            "and floating point"
+        )
     if num_experts < 1:
         raise ValueError(f"num_experts is {num_experts}; a layer needs at least one expert")
-    tokens, per_token = topk_ids.shape
-    flat = topk_ids.reshape(-1).to(torch.int64)
-    flat = torch.where(flat < 0, num_experts, flat)
-    order, tokens_per_expert = reference.sort_routes(flat, num_experts)
-    position = torch.empty_like(order)
-    position[order] = torch.arange(order.numel(), device=order.device)
-    inverse = torch.where(flat < num_experts, position, -1).view(tokens, per_token)
-    return Routes(
-        token_ids=torch.div(order, max(per_token, 1), rounding_mode="floor"),
-        expert_ids=flat[order],
-        tokens_per_expert=tokens_per_expert,
-        combine_weights=topk_weights.reshape(-1)[order],
-        inverse=inverse,
-    )
+    if capacity is not None and capacity < 0:
+        raise ValueError(f"capacity is {capacity}; it must be 0 or more, or None to keep all routes")
+    if policy not in ("probs", "position"):
+        raise ValueError(f"policy is {policy!r}; it must be 'probs' or 'position'")
+    if topk_ids.numel() >= 2**31:
+        raise ValueError(f"{topk_ids.numel()} routes; a rank can have at most 2^31 - 1: use smaller micro-batches")
+    limit, by_weight = -1 if capacity is None else capacity, policy == "probs"
+    return Routes(*_BuildRoutes.apply(topk_ids.contiguous(), topk_weights.contiguous(), num_experts, limit, by_weight))
 
 
-def build_routes_from_map(routing_map: Tensor, probs: Tensor, topk: int) -> Routes:
+def build_routes_from_map(
+    routing_map: Tensor, probs: Tensor, topk: int, capacity: int | None = None, policy: Policy = "probs"
+) -> Routes:
     """Routes from the pair that Megatron's router gives.
 
     Args:
         routing_map: [T, E] bool, at most `topk` experts in a row (not checked; the first `topk` are taken).
         probs: [T, E] routing weights, differentiable.
         topk: K, the largest number of experts a token can have.
+        capacity, policy: see build_routes.
 
     Raises:
-        ValueError: shapes that differ, or `topk` outside 1..E.
+        ValueError: shapes that differ, `topk` outside 1..E, and see build_routes.
     """
     if routing_map.dim() != 2 or routing_map.shape != probs.shape:
         raise ValueError(
@@ -85,7 +99,37 @@ def build_routes_from_map(routing_map: Tensor, probs: Tensor, topk: int) -> Rout
     num_experts = routing_map.shape[1]
     if not 1 <= topk <= num_experts:
         raise ValueError(f"topk is {topk}; it must be between 1 and the number of experts, {num_experts}")
-    # the chosen experts come first in a stable descending sort, in ascending order; the rest is masked out
-    chosen, ids = torch.sort(routing_map.to(torch.int8), dim=1, descending=True, stable=True)
-    ids, chosen = ids[:, :topk], chosen[:, :topk].bool()
-    return build_routes(torch.where(chosen, ids, -1), probs.gather(1, ids), num_experts)
+    ids = kernel("map_to_ids", probs.device.type)(routing_map.bool().contiguous(), topk)
+    return build_routes(ids, probs.gather(1, ids.clamp_min(0).to(torch.int64)), num_experts, capacity, policy)
+
+
+def merge_order(counts: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
+    """Reorder rows that arrive by source, then expert, into expert, then source, and back.
+
+    Args:
+        counts: [G, E] int64 rows of each expert from each source.
+        num_rows: M, the sum of `counts`, which the caller knows on the host. Not checked.
+
+    Returns:
+        [M] int32, the arrival position of each expert-major position; [M] int32, the inverse of it.
+    """
+    return kernel("merge_order", counts.device.type)(counts.contiguous(), num_rows)
+
+
+class _BuildRoutes(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, ids, weights, num_experts, capacity, by_weight):
+        build = kernel("build_routes", weights.device.type)
+        token_ids, expert_ids, tokens_per_expert, combine_weights, inverse = build(
+            ids, weights, num_experts, capacity, by_weight
+        )
+        ctx.save_for_backward(inverse)
+        ctx.mark_non_differentiable(token_ids, expert_ids, tokens_per_expert, inverse)
+        return token_ids, expert_ids, tokens_per_expert, combine_weights, inverse
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, _tokens, _experts, _counts, grad, _inverse):
+        (inverse,) = ctx.saved_tensors
+        rows = kernel("gather_rows", grad.device.type)(grad.contiguous().unsqueeze(1), inverse.reshape(-1))
+        return None, rows.view_as(inverse), None, None, None

@@ -7,8 +7,10 @@ atomics; a row's contributions are added in a fixed order in fp32.
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from megatron_xmoe.ops import reference
+from megatron_xmoe.kernels.reference import accumulator
+from megatron_xmoe.kernels.registry import kernel
 
 
 def gather_rows(x: Tensor, index: Tensor, inverse: Tensor | None = None) -> Tensor:
@@ -17,14 +19,14 @@ def gather_rows(x: Tensor, index: Tensor, inverse: Tensor | None = None) -> Tens
     Args:
         x: [R, H], any floating dtype.
         index: [M] int32 or int64 in [-1, R); repeats are allowed, -1 gives a row of zeros.
-        inverse: [R, K'] positions in the result that row r went to (-1 for none). When the caller knows it, the
-            backward is a sum over it; otherwise the backward builds the same sum from `index`.
+        inverse: [R, K'] every position in the result that row r went to (-1 for none), where the caller knows it. Each
+            row is then read once, and the backward is a sum over it; otherwise the backward sorts `index`.
 
     Returns:
-        [M, H], x's dtype. Differentiable in `x`.
+        [M, H], x's dtype. Differentiable in `x`, once.
 
     Raises:
-        ValueError: shapes that do not fit.
+        ValueError: shapes or dtypes that do not fit.
     """
     _check(x, index, dim=1)
     if inverse is not None and (inverse.dim() != 2 or inverse.shape[0] != x.shape[0]):
@@ -42,13 +44,13 @@ def gather_sum(
         index: [T, K] int32 or int64 in [-1, R); -1 adds nothing.
         weights: [T, K], or None for ones. Differentiable (a row dot product).
         token_ids: [R] the t whose sum row r is part of (-1 for none), for callers who know that no row is used
-            twice, as in an unpermute. The backward is then a gather; otherwise it sums over `index`.
+            twice, as in an unpermute. The backward then moves rows; otherwise it sorts `index`.
 
     Returns:
-        [T, H], y's dtype, summed in fp32 over k in ascending order. Differentiable in `y`.
+        [T, H], y's dtype, summed in fp32 (fp64 for fp64) over k in ascending order. Differentiable in `y`, once.
 
     Raises:
-        ValueError: shapes that do not fit.
+        ValueError: shapes or dtypes that do not fit.
     """
     _check(y, index, dim=2)
     if weights is not None and weights.shape != index.shape:
@@ -59,8 +61,8 @@ def gather_sum(
 
 
 def _check(rows: Tensor, index: Tensor, dim: int) -> None:
-    if rows.dim() != 2:
-        raise ValueError(f"rows have shape {tuple(rows.shape)}; they must be a matrix [R, H]")
+    if rows.dim() != 2 or not rows.is_floating_point():
+        raise ValueError(f"rows have shape {tuple(rows.shape)}, {rows.dtype}; they must be a matrix [R, H] of floats")
     if index.dim() != dim or index.dtype not in (torch.int32, torch.int64):
         raise ValueError(
             f"index has shape {tuple(index.shape)} and dtype {index.dtype}; it must have {dim} dimension(s) "
@@ -68,19 +70,47 @@ def _check(rows: Tensor, index: Tensor, dim: int) -> None:
         )
 
 
+def _spread(
+    x: Tensor, index: Tensor, owners: Tensor, weights: Tensor | None = None, y: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Rows of x [T, H] to all their places `index` [T, K] in [R, H]; see kernels.reference.spread_rows."""
+    return kernel("spread_rows", x.device.type)(
+        x.contiguous(), index.contiguous(), owners.to(index.dtype).contiguous(), weights, y
+    )
+
+
+def _scatter_sum(
+    rows: Tensor, sources: Tensor, targets: Tensor, num_rows: int, weights: Tensor | None = None
+) -> Tensor:
+    """result[targets[p]] += weights[p] * rows[sources[p]] in ascending p. Arrays are [P], the result [R, H].
+
+    The contributions of a row are listed by a stable sort, so that they are added in a fixed order.
+    """
+    targets, order = torch.sort(targets, stable=True)
+    offsets = torch.searchsorted(targets, torch.arange(num_rows + 1, device=targets.device, dtype=targets.dtype))
+    weights = None if weights is None else weights[order]
+    return kernel("sum_rows", rows.device.type)(rows.contiguous(), sources[order], weights, offsets)
+
+
 class _GatherRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, index, inverse):
         ctx.num_rows = x.shape[0]
         ctx.save_for_backward(index, inverse)
-        return reference.gather_rows(x, index)
+        if inverse is not None and inverse.shape[1] > 1:
+            return _spread(x, inverse, index)[0]
+        return kernel("gather_rows", x.device.type)(x.contiguous(), index.contiguous())
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         index, inverse = ctx.saved_tensors
         if inverse is None:
-            return reference.scatter_sum(grad, index, ctx.num_rows), None, None
-        return reference.gather_sum(grad, inverse, None), None, None
+            sources = torch.arange(index.shape[0], device=index.device)
+            return _scatter_sum(grad, sources, index, ctx.num_rows), None, None
+        if inverse.shape[1] == 1:
+            return kernel("gather_rows", grad.device.type)(grad.contiguous(), inverse.reshape(-1)), None, None
+        return kernel("sum_rows", grad.device.type)(grad.contiguous(), inverse.contiguous(), None, None), None, None
 
 
 class _GatherSum(torch.autograd.Function):
@@ -88,21 +118,28 @@ class _GatherSum(torch.autograd.Function):
     def forward(ctx, y, index, weights, token_ids):
         ctx.num_rows = y.shape[0]
         # y itself is needed only for the weights' gradient
-        ctx.save_for_backward(index, weights, token_ids, y if weights is not None else None)
-        return reference.gather_sum(y, index, weights)
+        ctx.save_for_backward(index, weights, token_ids, y if ctx.needs_input_grad[2] else None)
+        return kernel("sum_rows", y.device.type)(y.contiguous(), index.contiguous(), _accumulated(weights, y), None)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         index, weights, token_ids, y = ctx.saved_tensors
-        grad_weights = None if weights is None else reference.row_dot(y, index, grad).to(weights.dtype)
-        if token_ids is not None:
-            rows = reference.gather_rows(grad, token_ids)
-            if weights is not None:
-                rows = rows * reference.weights_of_rows(weights, index, ctx.num_rows).to(rows.dtype)
-            return rows, None, grad_weights, None
-        tokens, per_token = index.shape
-        owners = torch.arange(tokens, device=index.device).repeat_interleave(per_token)
-        rows = reference.gather_rows(grad, owners)
-        if weights is not None:
-            rows = rows * weights.reshape(-1, 1).to(rows.dtype)
-        return reference.scatter_sum(rows, index.reshape(-1), ctx.num_rows), None, grad_weights, None
+        index, grad = index.contiguous(), grad.contiguous()
+        needs_rows, _, needs_weights, _ = ctx.needs_input_grad
+        scales = _accumulated(weights, grad)
+        rows = dots = None
+        if needs_rows and token_ids is not None:
+            rows, dots = _spread(grad, index, token_ids, scales, y.contiguous() if needs_weights else None)
+        elif needs_rows:
+            tokens = torch.arange(index.shape[0], device=index.device).repeat_interleave(index.shape[1])
+            flat = None if scales is None else scales.reshape(-1)
+            rows = _scatter_sum(grad, tokens, index.reshape(-1), ctx.num_rows, flat)
+        if needs_weights and dots is None:
+            dots = kernel("dot_rows", grad.device.type)(y.contiguous(), index, grad)
+        return rows, None, None if dots is None else dots.to(weights.dtype), None
+
+
+def _accumulated(weights: Tensor | None, rows: Tensor) -> Tensor | None:
+    """Weights in the type in which `rows` are summed."""
+    return None if weights is None else weights.to(accumulator(rows.dtype)).contiguous()

@@ -11,7 +11,7 @@ from megatron.training import get_args, print_rank_0
 
 from megatron_xmoe import _optional
 from megatron_xmoe.config import XMoEConfig
-from megatron_xmoe.kernels.registry import choose_kernels
+from megatron_xmoe.kernels.registry import kernels_in_use
 from megatron_xmoe.ops.grouped_gemm import why_not_grouped_mm
 from megatron_xmoe.specs import uses_torch_attention
 from megatron_xmoe.version import __version__
@@ -38,7 +38,7 @@ def print_report(xmoe: XMoEConfig, adjustments: list[str], stand_ins: int, repai
     nodes = _nodes()
     lines = [f"megatron_xmoe {__version__}", f"backend      {_backend(xmoe, args)}"]
     if xmoe.moe_backend == "xmoe":
-        kernels = choose_kernels(xmoe.xmoe_kernels)
+        kernels = kernels_in_use()
         lines += [
             "dispatcher   alltoall: one uneven all-to-all of routed rows, no padding",
             f"experts      {_experts(args)}",

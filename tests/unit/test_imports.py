@@ -41,7 +41,10 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "metrics": ("torch", "megatron.core", *ours("parallel_state", "profiling", *LEAVES)),
     "dispatch": ("torch", *DISPATCHER_BASE, *ours("ops", "parallel_state", "metrics", "profiling", *LEAVES)),
     **dict.fromkeys(LAYERS, ("torch", "megatron.core", *ours(*OURS_BELOW_LAYERS, *LAYERS))),
-    **dict.fromkeys(("specs", "backend"), ("torch", "megatron.core", *ours("specs", "metrics", *LAYERS, *LEAVES))),
+    **dict.fromkeys(
+        ("specs", "backend"),
+        ("torch", "megatron.core", *ours("specs", "metrics", "kernels.registry", *LAYERS, *LEAVES)),
+    ),
     # names Megatron's symbols as strings; only the version is looked up, for an error message
     "platform": ("torch", "megatron.core.package_info"),
     "training": (
