@@ -13,8 +13,12 @@ struct Routes {
     int32_t* inverse;            // [T, K] position of each choice in the arrays above, -1 where it was dropped
 };
 
-// Bytes of scratch memory that build_routes needs.
+// Bytes of scratch memory that build_routes needs on a GPU.
 int64_t routes_scratch_bytes(int64_t T, int64_t K, int64_t E, bool by_weight);
+
+// Most experts that build_routes takes on a GPU, and most counts (G * E) for merge_order: their counters fit into
+// 48 KB of shared memory.
+constexpr int64_t kMaxExperts = 2048;
 
 // ids [T, K]: expert of each choice, negative for none; weights [T, K]. T*K < 2^31.
 // capacity < 0 keeps all; otherwise an expert keeps at most that many: the earliest choices, or (by_weight) those of
@@ -22,6 +26,7 @@ int64_t routes_scratch_bytes(int64_t T, int64_t K, int64_t E, bool by_weight);
 template <typename Stream>
 void build_routes(Index ids, const void* weights, Float weight_type, int64_t T, int64_t K, int64_t E, int64_t capacity,
                   bool by_weight, Routes routes, void* scratch, Stream stream);
+// Nothing is written when T*K is 0: the caller clears tokens_per_expert then.
 
 // The first K experts of each row of a boolean map [T, E], ascending: ids [T, K] int32, filled up with -1.
 template <typename Stream>

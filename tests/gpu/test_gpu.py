@@ -117,6 +117,36 @@ def test_one_host_synchronisation_forward_none_backward(groups):
     assert (forward, backward) == (1, 0), [str(w.message) for w in caught]
 
 
+def test_dispatch_and_combine_run_our_kernels_only(groups):
+    """What moves rows is ours; of torch's there is only the reading of the router's [T, E] result and its backward."""
+    from torch.profiler import ProfilerActivity, profile
+
+    from megatron_xmoe.kernels.registry import kernels_in_use
+
+    assert kernels_in_use().name == "cpp", "built for this machine: see python -m megatron_xmoe.info"
+    _, layer = moe_layers(torch.bfloat16)
+    dispatcher = layer.token_dispatcher
+    x = torch.randn(T, 2, H, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    probs, routing_map = (t.detach() for t in layer.route(x))
+    probs.requires_grad_()
+    with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+        rows, weights = dispatcher.dispatch_preprocess(x, routing_map, probs)
+        rows, weights = dispatcher.token_dispatch(rows, weights)
+        rows, _, weights = dispatcher.dispatch_postprocess(rows, weights)
+        rows = dispatcher.token_combine(dispatcher.combine_preprocess(rows))
+        output = dispatcher.combine_postprocess(rows)
+        torch.autograd.backward([output, weights], [torch.ones_like(output), torch.ones_like(weights)])
+        torch.cuda.synchronize()
+    names = [event.key for event in profiled.key_averages() if "Memcpy" not in event.key and "Memset" not in event.key]
+    print(profiled.key_averages().table(sort_by="cuda_time_total", max_name_column_width=90))
+    ours = [name for name in names if "xmoe" in name]
+    for wanted in ("map_kernel", "count_kernel", "place_kernel", "spread_few_kernel", "sum_kernel", "gather_kernel"):
+        assert any(wanted in name for name in ours), f"{wanted} did not run: {ours}"
+    foreign = [name for name in names if name not in ours]
+    moving = ("sort", "index", "cumsum", "scan", "mask")
+    assert not [name for name in foreign if any(part in name for part in moving)], foreign
+
+
 @pytest.mark.parametrize("queries, groups_, head, value_head", [(16, 16, 64, 64), (16, 4, 64, 64), (16, 16, 192, 128)])
 def test_attention_on_the_gpu(groups, queries, groups_, head, value_head):
     from megatron.core.transformer.enums import AttnMaskType
