@@ -7,14 +7,27 @@
 namespace xmoe {
 namespace {
 
-constexpr int kThreads = 256;     // of a block, at most
-constexpr int kSumThreads = 448;  // the same where rows are summed
-constexpr int kUnroll = 4;        // packs that a thread has in flight
+constexpr int kThreads = 256;  // of a block, at most
+constexpr int kUnroll = 4;     // packs that a thread has in flight
 
 template <typename T, int N>
 __device__ inline Pack<T, N> zero_pack() {
     Pack<T, N> result;
     __builtin_memset(&result, 0, sizeof(result));
+    return result;
+}
+
+// What p points to, or zeros. As one load with a predicate: with a branch around each, loads would wait for each other.
+template <typename T, int N>
+__device__ inline Pack<T, N> load_if(bool wanted, const Pack<T, N>* p) {
+    Pack<T, N> result;
+    if constexpr (sizeof(result) == 16) {
+        uint4 bits = make_uint4(0, 0, 0, 0);
+        if (wanted) bits = *reinterpret_cast<const uint4*>(p);
+        __builtin_memcpy(&result, &bits, 16);
+    } else {
+        result = wanted ? *p : zero_pack<T, N>();
+    }
     return result;
 }
 
@@ -88,13 +101,13 @@ spread_few_kernel(const T* __restrict__ x, const I* __restrict__ index, const I*
             P held[kAhead];
 #pragma unroll
             for (int u = 0; u < kAhead; ++u) {
-                if (first + u * lanes < packs) held[u] = from[first + u * lanes];
+                held[u] = load_if(first + u * lanes < packs, from + first + u * lanes);
             }
             P other[kDot ? K : 1];
             if constexpr (kDot) {
 #pragma unroll
                 for (int k = 0; k < K; ++k) {
-                    if (row[k] >= 0) other[k] = reinterpret_cast<const P*>(y)[row[k] * packs + first];
+                    other[k] = load_if(row[k] >= 0, reinterpret_cast<const P*>(y) + row[k] * packs + first);
                 }
             }
 #pragma unroll
@@ -210,62 +223,41 @@ __device__ inline void add(A (&total)[N], const Pack<T, N>& row, A weight) {
     }
 }
 
-// ---- sum: blockDim.x lanes sum a row of the result, blockDim.y rows a block. K > 0 is the number of rows in each sum;
-// with 0 it is `count`, or differs from sum to sum (offsets).
+// ---- sum: a thread sums one pack of a row of the result; blocks next to each other serve the parts of a row. K > 0 is
+// the number of rows in each sum; with 0 it is `count`, or differs from sum to sum (offsets).
 template <typename T, int N, typename I, int K, bool kScale>
-__global__ void __launch_bounds__(kSumThreads, 2)
+__global__ void __launch_bounds__(kThreads)
 sum_kernel(const T* __restrict__ y, const I* __restrict__ index, const int64_t* __restrict__ offsets,
            const typename accumulator<T>::type* __restrict__ weights, T* __restrict__ out, int64_t rows, int64_t count,
-           int64_t packs) {
+           int64_t packs, int parts) {
     using A = typename accumulator<T>::type;
     using P = Pack<T, N>;
     constexpr int kAhead = K > 0 ? K : 8;  // rows in flight
-    const int64_t t = int64_t(blockIdx.x) * blockDim.y + threadIdx.y;
-    if (t >= rows) return;
+    const int64_t t = int64_t(blockIdx.x / parts) * blockDim.y + threadIdx.y;
+    const int64_t c = int64_t(blockIdx.x % parts) * blockDim.x + threadIdx.x;
+    if (t >= rows || c >= packs) return;
     const int64_t first = offsets ? offsets[t] : t * (K > 0 ? K : count);
-    const int64_t last = offsets ? offsets[t + 1] : first + (K > 0 ? K : count);
-    const P* from = reinterpret_cast<const P*>(y);
-    P* to = reinterpret_cast<P*>(out) + t * packs;
-    int64_t row[kAhead];
-    A weight[kAhead];
-    auto look_up = [&](int64_t k) {
+    const int64_t last = K > 0 ? first + K : offsets ? offsets[t + 1] : first + count;
+    const P* from = reinterpret_cast<const P*>(y) + c;
+    A total[N];
+#pragma unroll
+    for (int n = 0; n < N; ++n) total[n] = 0;
+    for (int64_t k = first; k < last; k += kAhead) {
+        P held[kAhead];
+        A weight[kAhead];
 #pragma unroll
         for (int u = 0; u < kAhead; ++u) {
-            row[u] = K > 0 || k + u < last ? int64_t(index[k + u]) : -1;
-            weight[u] = kScale && row[u] >= 0 ? weights[k + u] : A(0);
+            const int64_t row = K > 0 || k + u < last ? int64_t(index[k + u]) : -1;
+            weight[u] = kScale && row >= 0 ? weights[k + u] : A(0);
+            held[u] = load_if(row >= 0, from + row * packs);
         }
-    };
-    if constexpr (K > 0) look_up(first);
-    for (int64_t c = threadIdx.x; c < packs; c += blockDim.x) {
-        A total[N];
 #pragma unroll
-        for (int n = 0; n < N; ++n) total[n] = 0;
-        for (int64_t k = first; k < last; k += kAhead) {
-            if constexpr (K == 0) look_up(k);
-            P held[kAhead];
-#pragma unroll
-            for (int u = 0; u < kAhead; ++u) {
-                if (row[u] >= 0) held[u] = from[row[u] * packs + c];
-            }
-#pragma unroll
-            for (int u = 0; u < kAhead; ++u) {
-                if (row[u] >= 0) add<kScale>(total, held[u], weight[u]);
-            }
-            if constexpr (K > 0) break;
-        }
-        P result;
-#pragma unroll
-        for (int n = 0; n < N; ++n) result.at[n] = from_float<T>(total[n]);
-        to[c] = result;
+        for (int u = 0; u < kAhead; ++u) add<kScale>(total, held[u], weight[u]);
     }
-}
-
-// Few long reads at a time suit the memory better than many short ones: a wide row is summed by one block in as few
-// turns as it takes. The shapes of blocks here are measured.
-dim3 sum_block(int64_t packs) {
-    if (packs <= kSumThreads) return row_block(packs, 4, 128);
-    const int64_t turns = ceil_div(packs, kSumThreads);
-    return dim3(static_cast<unsigned>(ceil_div(ceil_div(packs, turns), 32) * 32));
+    P result;
+#pragma unroll
+    for (int n = 0; n < N; ++n) result.at[n] = from_float<T>(total[n]);
+    reinterpret_cast<P*>(out)[t * packs + c] = result;
 }
 
 }  // namespace
@@ -348,12 +340,16 @@ void sum_rows(const void* y, Index index, const int64_t* offsets, const void* we
         using I = decltype(i);
         using A = typename accumulator<E>::type;
         constexpr int N = decltype(n)::value;
-        const dim3 block = sum_block(H / N);
-        const auto blocks = static_cast<unsigned>(ceil_div(T, block.y));
+        // equal parts of a row, a whole number of warps each
+        const int64_t packs = H / N, whole = ceil_div(packs, ceil_div(packs, 128));
+        const dim3 block =
+            whole > 64 ? dim3(static_cast<unsigned>(ceil_div(whole, 32) * 32)) : row_block(packs, 1, 128);
+        const int64_t parts = ceil_div(packs, block.x);
+        const auto blocks = static_cast<unsigned>(ceil_div(T, block.y) * parts);
         auto launch = [&](auto k, auto scale) {
             sum_kernel<E, N, I, decltype(k)::value, decltype(scale)::value><<<blocks, block, 0, stream>>>(
                 static_cast<const E*>(y), static_cast<const I*>(index.data), offsets, static_cast<const A*>(weights),
-                static_cast<E*>(out), T, K, H / N);
+                static_cast<E*>(out), T, K, packs, static_cast<int>(parts));
         };
         auto for_scale = [&](auto k) { weights ? launch(k, std::true_type{}) : launch(k, std::false_type{}); };
         if constexpr (kCommon<I, N>) {

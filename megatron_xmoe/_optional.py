@@ -1,8 +1,11 @@
 """The one place that tries optional imports and keeps the reason when one fails."""
 
+import hashlib
 import importlib
+import re
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,67 @@ def apex_layer_norm() -> Availability:
 
 def extension(device_type: str) -> Availability:
     """Our compiled kernels, `megatron_xmoe._C`. Args: device_type, torch's "cuda" (also for AMD) or "cpu"."""
+    probe("torch")  # whose libraries the extension needs
     found = probe("megatron_xmoe._C")
-    if not found.usable or device_type == "cpu" or importlib.import_module("megatron_xmoe._C").has_gpu():
-        return found
-    return Availability(found.name, False, "built without GPU kernels")
+    if not found.usable:
+        return _unusable(found.reason.replace("not installed", "not built"))
+    facts = extension_facts()
+    sources = sources_digest(Path(__file__).resolve().parents[1])
+    if sources and facts["sources"] != sources:
+        return _unusable("built from other sources")
+    if device_type == "cpu":
+        return Availability(found.name, True, f"compiled kernels with {facts['cpu']}")
+    if not facts["gpu"]:
+        return _unusable("built without GPU kernels")
+    missing = next((gpu for gpu in _gpus() if not serves(facts["archs"], gpu)), None)
+    if missing:
+        return _unusable(f"built for {facts['archs']}, and a GPU here is {missing}")
+    return Availability(found.name, True, f"compiled kernels for {facts['gpu']} ({facts['archs']})")
+
+
+def serves(archs: str, gpu: str) -> bool:
+    """Whether code for `archs`, like "8.0;9.0+PTX" or "gfx90a;gfx942", runs on a `gpu` like "9.0" or "gfx90a"."""
+    if gpu.startswith("gfx"):
+        return gpu in re.split("[;, ]+", archs)
+    major, minor = map(int, gpu.split("."))
+    for built_major, built_minor, special, ptx in re.findall(r"(\d+)\.(\d+)([af]?)(\+PTX)?", archs):
+        built = int(built_major), int(built_minor)
+        if built == (major, minor) or (not special and (built[0] == major and built[1] <= minor)):
+            return True
+        if ptx and not special and built <= (major, minor):
+            return True
+    return False
+
+
+def _gpus() -> list[str]:
+    """The kinds of GPU that torch sees."""
+    runtime = importlib.import_module("torch")
+    properties = [runtime.cuda.get_device_properties(device) for device in range(runtime.cuda.device_count())]
+    if runtime.version.hip:
+        return sorted({p.gcnArchName.split(":")[0] for p in properties})  # features follow the colon
+    return sorted({f"{p.major}.{p.minor}" for p in properties})
+
+
+def _unusable(reason: str) -> Availability:
+    return Availability("megatron_xmoe._C", False, f"{reason}; to build it: python setup.py build_ext --inplace")
+
+
+def extension_facts() -> dict[str, str]:
+    """What `megatron_xmoe._C` says of its build: sources, torch, gpu, archs, compiler, cpu (its instruction set)."""
+    return importlib.import_module("megatron_xmoe._C").build_facts()
+
+
+@cache
+def sources_digest(root: Path) -> str:
+    """Ties `_C` to what it was built from: names and contents of the sources in `csrc` below `root`.
+
+    Returns:
+        16 hexadecimal digits; "" where there are no sources, as in an installed wheel.
+    """
+    found = sorted(path for path in (root / "csrc").rglob("*") if path.suffix in (".cpp", ".cu", ".h"))
+    if not found:
+        return ""
+    total = hashlib.sha256()
+    for path in found:
+        total.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    return total.hexdigest()[:16]

@@ -6,7 +6,9 @@
 # An active environment (virtual, conda, $PYTHON or plain python3) that already has what is needed is used as it is.
 # Otherwise .venv in the repository root is made from a Python >= 3.12, with the versions in constraints.txt; it is
 # made once, and completed again when constraints.txt, pyproject.toml or setup.py change. Returns 1, after one line on
-# standard error, when that is not possible. Bash only; nothing outside .venv is changed.
+# standard error, when that is not possible. Then the compiled kernels, megatron_xmoe/_C*.so, are built, again when
+# csrc changes; where that is not possible, the reason is shown, and the rest works without them (XMOE_BUILD_EXT=0
+# leaves them out, 1 makes a failure an error). Bash only; nothing outside .venv, build and that file is changed.
 
 _xmoe_root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P) || return 1
 _xmoe_venv=$_xmoe_root/.venv
@@ -230,7 +232,52 @@ _xmoe_make() {
     _xmoe_say "$_xmoe_venv is ready ($((SECONDS - start)) s)"
 }
 
+# What the compiled kernels depend on: sources, interpreter, torch, compilers and settings.
+_xmoe_kernels_wanted() {
+    local name
+    for name in XMOE_BUILD_EXT CXX CUDA_HOME ROCM_HOME TORCH_CUDA_ARCH_LIST PYTORCH_ROCM_ARCH; do
+        printf '%s=%s\n' "$name" "${!name-}"
+    done
+    type -P c++ g++ nvcc hipcc
+    (cd / && "$PYTHON" -c 'import importlib.metadata, sys; print(sys.prefix, sys.version, importlib.metadata.version("torch"))')
+    (cd -- "$_xmoe_root" && find csrc setup.py -type f -print0 | LC_ALL=C sort -z | xargs -0 cksum)
+}
+
+# Builds the compiled kernels for $PYTHON unless that was tried before with the same sources, compilers and settings.
+_xmoe_kernels() {
+    local folder=$_xmoe_root/build wanted stamp lock status=0 start=$SECONDS line
+    [[ ${XMOE_BUILD_EXT-} != 0 ]] || return 0
+    if ! mkdir -p -- "$folder" 2> /dev/null || ! { exec {lock}>> "$folder/xmoe-kernels.lock"; } 2> /dev/null; then
+        _xmoe_say "compiled kernels left out: $folder cannot be written"
+        return 0
+    fi
+    flock "$lock" 2> /dev/null || true # a file system without locks
+    stamp=$folder/xmoe-kernels
+    wanted=$(_xmoe_kernels_wanted 2> /dev/null)
+    if [[ ! -f $stamp || $(< "$stamp") != "$wanted" ]]; then
+        _xmoe_say "building the compiled kernels (a minute or two, once)"
+        rm -f -- "$stamp"
+        (cd -- "$_xmoe_root" && "$PYTHON" setup.py build_ext --inplace) > "$stamp.log" 2>&1 < /dev/null || status=$?
+        if [[ $status -eq 0 ]]; then printf '%s\n' "$wanted" > "$stamp"; fi
+        _xmoe_say "the output of the build is in $stamp.log ($((SECONDS - start)) s)"
+    fi
+    exec {lock}>&-
+    while IFS= read -r line; do _xmoe_say "${line#megatron-xmoe: }"; done < <(grep '^megatron-xmoe: ' "$stamp.log")
+    [[ $status -ne 0 ]] || return 0
+    line="the compiled kernels cannot be built: $(tail -n 1 "$stamp.log"). Fix: see $stamp.log"
+    if [[ ${XMOE_BUILD_EXT-} == 1 ]]; then
+        _xmoe_error "$line"
+    else
+        _xmoe_say "$line"
+    fi
+}
+
 _xmoe_environment() {
+    _xmoe_python "$1" && _xmoe_kernels
+}
+
+# Finds or makes the environment and exports PYTHON.
+_xmoe_python() {
     local extra=$1 found lock status=0
     if found=$(_xmoe_users "$extra"); then
         _xmoe_say "using $found, which has what is needed"

@@ -111,13 +111,15 @@ def sum_rows(y: Tensor, index: Tensor, weights: Tensor | None, offsets: Tensor |
     """result[t] = sum over k of weights[t, k] * y[index[t, k]], over k in ascending order in the accumulator's type.
 
     Args:
-        y: [R, H]. index: [T, K]; or [P] with offsets [T + 1] int64, where row t sums over positions offsets[t] to offsets[t + 1].
+        y: [R, H]. index: [T, K]; or [P] with offsets [T + 1] int64, where row t sums over offsets[t] .. offsets[t + 1].
         weights: the shape of index, in the accumulator's type; None for ones.
 
     Returns:
         [T, H] in y's dtype.
     """
     dtype = accumulator(y.dtype)
+    if weights is not None:
+        weights = torch.where(index < 0, 0, weights)  # whatever they are: infinity times 0 is NaN
     if offsets is not None:
         rows = gather_rows(y, index).to(dtype)
         # row 0 takes the positions before offsets[0], the last row those from offsets[T]; neither is part of the result
@@ -137,7 +139,8 @@ def dot_rows(y: Tensor, index: Tensor, x: Tensor) -> Tensor:
     """Row dot products y[index[t, k]] . x[t], 0 for none. y [R, H], x [T, H]; returns [T, K], accumulator's type."""
     dtype = accumulator(y.dtype)
     columns = [(gather_rows(y, index[:, k]).to(dtype) * x.to(dtype)).sum(dim=1) for k in range(index.shape[1])]
-    return torch.stack(columns, dim=1) if columns else x.new_zeros(index.shape, dtype=dtype)
+    dots = torch.stack(columns, dim=1) if columns else x.new_zeros(index.shape, dtype=dtype)
+    return torch.where(index < 0, 0, dots)
 
 
 def _count(ids: Tensor, num_experts: int) -> Tensor:
