@@ -25,6 +25,8 @@ import torch
 from tolerances import assert_close, assert_same
 from torch import Tensor
 
+from megatron_xmoe.ops.activation import Activation
+
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -335,3 +337,27 @@ def test_the_compile_tool_knows_every_kernel():
         assert {(launch.module, launch.kernel) for launch in compile_triton.launches(warp)} == compile_triton.kernels()
     with mock.patch.object(triton_rows, "new_kernel", triton_rows.sum_kernel, create=True):
         assert (triton_rows.__name__, "new_kernel") in compile_triton.kernels()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("gated", [True, False], ids=["gated", "plain"])
+@pytest.mark.parametrize("kind", ["silu", "gelu", "squared_relu"])
+def test_activation(interpreted, kind, gated, dtype):
+    functions = {"silu": torch.nn.functional.silu, "gelu": torch.nn.functional.gelu, "squared_relu": squared_relu}
+    activation = Activation(functions[kind], gated)
+    for rows, columns in ((6, 300), (1, 7), (0, 8)):
+        hidden = random(rows, columns * (2 if gated else 1), dtype=dtype)
+        weights, grad = random(rows).double(), random(rows, columns, dtype=dtype, seed=1)
+        # bf16 results are cut off in the interpreter, so an error of one part in 128 is theirs
+        bound = {} if dtype == torch.float32 else {"dtype": torch.bfloat16}
+        found = interpreted("triton_activation", "activate", hidden, weights.float(), kind, gated)
+        assert_close(found, activation.forward(hidden.double(), weights.float().double()), **bound)
+        back = interpreted("triton_activation", "activate_backward", hidden, weights.float(), grad, kind, gated)
+        expected = activation.backward(hidden.double(), weights.float().double(), grad.double())
+        assert_close(back[0], expected[0], **bound)
+        assert_close(back[1], expected[1], **bound)
+        assert_close(back[2], expected[2], torch.float32)
+
+
+def squared_relu(x: Tensor) -> Tensor:
+    return x.clamp_min(0).square()
