@@ -7,8 +7,10 @@
 namespace xmoe {
 namespace {
 
-constexpr int kThreads = 256;  // of a block, at most
-constexpr int kUnroll = 4;     // packs that a thread has in flight
+constexpr int kThreads = 256;    // of a block, at most
+constexpr int kSumThreads = 64;  // of a block that sums, and packs of each thread: measured
+constexpr int kTurns = 2;
+constexpr int kUnroll = 4;  // packs that a thread has in flight
 
 template <typename T, int N>
 __device__ inline Pack<T, N> zero_pack() {
@@ -223,10 +225,10 @@ __device__ inline void add(A (&total)[N], const Pack<T, N>& row, A weight) {
     }
 }
 
-// ---- sum: a thread sums one pack of a row of the result; blocks next to each other serve the parts of a row. K > 0 is
-// the number of rows in each sum; with 0 it is `count`, or differs from sum to sum (offsets).
+// ---- sum: a thread sums kTurns packs of a row of the result; blocks next to each other serve the parts of a row.
+// K > 0 is the number of rows in each sum; with 0 it is `count`, or differs from sum to sum (offsets).
 template <typename T, int N, typename I, int K, bool kScale>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kSumThreads)
 sum_kernel(const T* __restrict__ y, const I* __restrict__ index, const int64_t* __restrict__ offsets,
            const typename accumulator<T>::type* __restrict__ weights, T* __restrict__ out, int64_t rows, int64_t count,
            int64_t packs, int parts) {
@@ -234,30 +236,42 @@ sum_kernel(const T* __restrict__ y, const I* __restrict__ index, const int64_t* 
     using P = Pack<T, N>;
     constexpr int kAhead = K > 0 ? K : 8;  // rows in flight
     const int64_t t = int64_t(blockIdx.x / parts) * blockDim.y + threadIdx.y;
-    const int64_t c = int64_t(blockIdx.x % parts) * blockDim.x + threadIdx.x;
-    if (t >= rows || c >= packs) return;
+    int64_t c = int64_t(blockIdx.x % parts) * blockDim.x * kTurns + threadIdx.x;
+    if (t >= rows) return;
     const int64_t first = offsets ? offsets[t] : t * (K > 0 ? K : count);
     const int64_t last = K > 0 ? first + K : offsets ? offsets[t + 1] : first + count;
-    const P* from = reinterpret_cast<const P*>(y) + c;
-    A total[N];
-#pragma unroll
-    for (int n = 0; n < N; ++n) total[n] = 0;
-    for (int64_t k = first; k < last; k += kAhead) {
-        P held[kAhead];
-        A weight[kAhead];
+    I row[kAhead];
+    A weight[kAhead];
+    auto look_up = [&](int64_t k) {
 #pragma unroll
         for (int u = 0; u < kAhead; ++u) {
-            const int64_t row = K > 0 || k + u < last ? int64_t(index[k + u]) : -1;
-            weight[u] = kScale && row >= 0 ? weights[k + u] : A(0);
-            held[u] = load_if(row >= 0, from + row * packs);
+            row[u] = K > 0 || k + u < last ? index[k + u] : I(-1);
+            weight[u] = kScale && row[u] >= 0 ? weights[k + u] : A(0);
         }
+    };
+    if constexpr (K > 0) look_up(first);
 #pragma unroll
-        for (int u = 0; u < kAhead; ++u) add<kScale>(total, held[u], weight[u]);
+    for (int turn = 0; turn < kTurns; ++turn) {
+        if (c >= packs) break;
+        const P* from = reinterpret_cast<const P*>(y) + c;
+        A total[N];
+#pragma unroll
+        for (int n = 0; n < N; ++n) total[n] = 0;
+        for (int64_t k = first; k < last; k += kAhead) {
+            if constexpr (K == 0) look_up(k);
+            P held[kAhead];
+#pragma unroll
+            for (int u = 0; u < kAhead; ++u) held[u] = load_if(row[u] >= 0, from + int64_t(row[u]) * packs);
+#pragma unroll
+            for (int u = 0; u < kAhead; ++u) add<kScale>(total, held[u], weight[u]);
+            if constexpr (K > 0) break;
+        }
+        P result;
+#pragma unroll
+        for (int n = 0; n < N; ++n) result.at[n] = from_float<T>(total[n]);
+        reinterpret_cast<P*>(out)[t * packs + c] = result;
+        c += blockDim.x;
     }
-    P result;
-#pragma unroll
-    for (int n = 0; n < N; ++n) result.at[n] = from_float<T>(total[n]);
-    reinterpret_cast<P*>(out)[t * packs + c] = result;
 }
 
 }  // namespace
@@ -340,11 +354,9 @@ void sum_rows(const void* y, Index index, const int64_t* offsets, const void* we
         using I = decltype(i);
         using A = typename accumulator<E>::type;
         constexpr int N = decltype(n)::value;
-        // equal parts of a row, a whole number of warps each
-        const int64_t packs = H / N, whole = ceil_div(packs, ceil_div(packs, 128));
-        const dim3 block =
-            whole > 64 ? dim3(static_cast<unsigned>(ceil_div(whole, 32) * 32)) : row_block(packs, 1, 128);
-        const int64_t parts = ceil_div(packs, block.x);
+        const int64_t packs = H / N;
+        const dim3 block = row_block(packs, kTurns, kSumThreads);
+        const int64_t parts = ceil_div(packs, block.x * kTurns);
         const auto blocks = static_cast<unsigned>(ceil_div(T, block.y) * parts);
         auto launch = [&](auto k, auto scale) {
             sum_kernel<E, N, I, decltype(k)::value, decltype(scale)::value><<<blocks, block, 0, stream>>>(
