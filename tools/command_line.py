@@ -55,12 +55,15 @@ def finished_files(*paths: str) -> Iterator[list[str]]:
             os.replace(source, path)
 
 
-def run_tool(prog: str, main: Callable[[list[str] | None], None], argv: list[str] | None = None) -> int:
-    """Runs a tool's `main` and returns its exit code: 2 and one line on stderr for what the user can fix."""
+def run_tool(prog: str, main: Callable[[list[str] | None], int | None], argv: list[str] | None = None) -> int:
+    """Runs a tool's `main` and returns its exit code: 2 and one line on stderr for what the user can fix.
+
+    `main` may return an exit code of its own; None means 0.
+    """
     # A batch system ends a job with SIGTERM: clean up as for Ctrl-C.
     previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        main(argv)
+        code = main(argv)
     except KeyboardInterrupt:
         print(f"{prog}: interrupted; nothing was written", file=sys.stderr)
         return 130
@@ -69,4 +72,4 @@ def run_tool(prog: str, main: Callable[[list[str] | None], None], argv: list[str
         return 2
     finally:
         signal.signal(signal.SIGTERM, previous)
-    return 0
+    return code or 0

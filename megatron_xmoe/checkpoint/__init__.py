@@ -1,0 +1,1 @@
+"""Conversion of checkpoints between HuggingFace, Megatron's torch_dist format and the original X-MoE."""
