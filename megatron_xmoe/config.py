@@ -19,6 +19,22 @@ class XMoEConfig:
     it cannot be used. 'cpp' is megatron_xmoe._C, compiled C++, CUDA or HIP; 'triton' needs a GPU; 'reference' is plain
     torch and runs everywhere. `python -m megatron_xmoe.info` lists them."""
 
+    xmoe_min_capacity: int = 0
+    """Smallest capacity of an expert, in routes of one rank's micro-batch, with --moe-expert-capacity-factor. The
+    factor's formula gives next to nothing for tiny micro-batches; X-MoE's paper uses 4."""
+
+    xmoe_combine_weights: Literal["probs", "logits"] = "probs"
+    """What an expert's output is multiplied by: the routing probability, or the router's raw logit. The original
+    X-MoE's code uses logits, so its checkpoints need 'logits' to give the outputs they were trained to give."""
+
+    xmoe_group_score: Literal["sum", "max"] = "sum"
+    """What ranks the groups of --moe-router-num-groups: the sum of their best scores, as Megatron and DeepSeek-V3 have
+    it, or the best score alone, as DeepSeek-V2 does."""
+
+    xmoe_qk_norm: Literal["per-head", "all-heads"] = "per-head"
+    """What --qk-layernorm normalises: each head of the queries and keys by itself, as Megatron does, or all heads
+    together, as OLMoE does. Works with either backend."""
+
     xmoe_expert_load_file: str | None = None
     """File for the load of each expert: at every logged iteration rank 0 appends a line of JSON with the number of
     routes that each expert of each layer got since the line before. tools/plot_run.py draws it."""

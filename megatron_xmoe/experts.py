@@ -3,10 +3,8 @@
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTensorFactory
-from megatron.core.fusions.fused_bias_swiglu import weighted_bias_swiglu_impl
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
@@ -18,6 +16,7 @@ from megatron.core.transformer.utils import make_sharded_object_for_checkpoint
 from torch import Tensor
 from torch.nn import Parameter
 
+from megatron_xmoe.ops.activation import Activation
 from megatron_xmoe.ops.grouped_gemm import Groups, multiply, weight_gradient, why_not_grouped_mm
 
 
@@ -45,6 +44,9 @@ class ExpertWeight(torch.nn.Module):
 class XMoEGroupedMLP(MegatronModule):
     """The experts of a rank as grouped matrix products: SwiGLU, GeGLU, GELU, squared ReLU; no biases.
 
+    With expert tensor parallelism each rank has a share of the F columns of every expert, [E, 2F / etp, H] (its share
+    of the gate, then of the other half) and [E, H, F / etp], and returns a partial sum of the outputs.
+
     Saves its input rows and the pre-activation for backward, and the routing weights: 2Kd + 4Kn bytes a token in bf16
     with gated experts, where d is the hidden size, n the experts' FFN size and K the number of experts per token.
 
@@ -62,17 +64,28 @@ class XMoEGroupedMLP(MegatronModule):
         """Args are those of SequentialMLP; `submodules` and `name` describe linear layers that do not exist here.
 
         Raises:
-            ValueError: biases or expert tensor parallelism.
+            ValueError: biases, or an FFN size that the expert-tensor-parallel ranks cannot share.
         """
         super().__init__(config=config)
         if config.add_bias_linear:
             raise ValueError("grouped experts have no biases: use --disable-bias-linear")
-        if pg_collection.expt_tp.size() != 1:
-            raise ValueError("grouped experts are not sharded: use --expert-tensor-parallel-size 1")
+        shards = pg_collection.expt_tp.size()
+        if config.moe_ffn_hidden_size % shards:
+            raise ValueError(
+                f"--moe-ffn-hidden-size {config.moe_ffn_hidden_size} is not divisible by "
+                f"--expert-tensor-parallel-size {shards}: change one of them"
+            )
         self.num_local_experts = num_local_experts
-        self.ep_group, self.dp_group = pg_collection.ep, pg_collection.expt_dp
-        ffn, hidden = config.moe_ffn_hidden_size, config.hidden_size
+        self.ep_group, self.tp_group, self.dp_group = pg_collection.ep, pg_collection.expt_tp, pg_collection.expt_dp
+        self.ffn = ffn = config.moe_ffn_hidden_size // shards
+        hidden = config.hidden_size
         width = 2 * ffn if config.gated_linear_unit else ffn
+        self.activation = Activation(
+            config.activation_func,
+            config.gated_linear_unit,
+            config.activation_func_clamp_value,
+            config.glu_linear_offset,
+        )
         shape1, shape2 = (num_local_experts, width, hidden), (num_local_experts, hidden, ffn)
         self.linear_fc1 = ExpertWeight(shape1, config, partition_dim=1)
         self.linear_fc2 = ExpertWeight(shape2, config, partition_dim=2)
@@ -99,32 +112,19 @@ class XMoEGroupedMLP(MegatronModule):
             permuted_probs: routing weights [M].
 
         Returns:
-            [M, H], weighted; and no bias.
+            [M, H], weighted, this rank's part of it where experts are sharded; and no bias.
         """
-        rows = permuted_local_hidden_states
+        rows, probs = permuted_local_hidden_states, permuted_probs
+        if self.config.moe_apply_probs_on_input:
+            rows = (probs.unsqueeze(-1) * rows).to(rows.dtype)
+            probs = torch.ones_like(probs)
         weights = self.linear_fc1.weight, self.linear_fc2.weight
         groups = Groups.of(tokens_per_expert, rows.device)
-        features = (self.config.hidden_size, self.config.moe_ffn_hidden_size)
-        grouped = rows.is_cuda and not why_not_grouped_mm(rows.dtype, features)
-        return _GroupedMLP.apply(rows, permuted_probs, *weights, groups, self._activation, grouped), None
+        grouped = rows.is_cuda and not why_not_grouped_mm(rows.dtype, (self.config.hidden_size, self.ffn))
+        return _GroupedMLP.apply(rows, probs, *weights, groups, self.activation, grouped), None
 
     def backward_dw(self) -> None:
         """Weight gradients are computed in the backward pass itself; nothing is delayed."""
-
-    def _activation(self, hidden: Tensor, probs: Tensor) -> Tensor:
-        """Activation of the pre-activation [M, 2F] or [M, F], times the routing weight [M]: [M, F]."""
-        config = self.config
-        if config.gated_linear_unit and config.activation_func is F.silu and config.bias_activation_fusion:
-            return weighted_bias_swiglu_impl(hidden, None, probs.unsqueeze(-1), False)
-        if config.gated_linear_unit:
-            gate, linear = hidden.chunk(2, dim=-1)
-            if config.activation_func_clamp_value is not None:
-                limit = config.activation_func_clamp_value
-                gate, linear = gate.clamp(max=limit), linear.clamp(min=-limit, max=limit)
-            activated = config.activation_func(gate) * (linear + config.glu_linear_offset)
-        else:
-            activated = config.activation_func(hidden)
-        return (activated * probs.unsqueeze(-1)).to(hidden.dtype)
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
@@ -145,33 +145,38 @@ class XMoEGroupedMLP(MegatronModule):
         state: ShardedStateDict = {}
         for name, module in (("linear_fc1", self.linear_fc1), ("linear_fc2", self.linear_fc2)):
             halves = 2 if name == "linear_fc1" and self.config.gated_linear_unit else 1
+            shard = (self.tp_group.rank(), self.tp_group.size(), 0 if name == "linear_fc1" else 1)
             state[f"{prefix}{name}.weight"] = ShardedTensorFactory(
                 f"{prefix}experts.{name}.weight",
                 module.weight,
-                partial(_shards_of_experts, offsets=offsets, halves=halves),
+                partial(_shards_of_experts, offsets=offsets, halves=halves, shard=shard),
                 partial(_stack_of_shards, halves=halves),
                 replica_id,
             )
             for i, offset in enumerate(offsets):  # Megatron's own experts look for one each
                 state[f"{prefix}{name}._extra_state{i}"] = make_sharded_object_for_checkpoint(
-                    None, f"{prefix}experts.{name}._extra_state", offset, replica_id
+                    None, f"{prefix}experts.{name}._extra_state", offset, (0, shard[0], replica_id[2])
                 )
         return state
 
 
 @torch.no_grad()
-def _shards_of_experts(key: str, tensor: Tensor, replica_id, flattened_range, offsets, halves: int):
+def _shards_of_experts(key: str, tensor: Tensor, replica_id, flattened_range, offsets, halves: int, shard):
     """Shards of a stacked weight [E, N, D], or of a state of its optimizer.
 
-    Args: offsets, leading axes of each expert; halves, 2 where the first half of N is a gate that is saved by itself.
+    Args:
+        offsets: leading axes of each expert.
+        halves: 2 where the first half of N is a gate that is saved by itself.
+        shard: expert-tensor-parallel rank, their number, and the axis of an expert's matrix that they share.
     """
     assert flattened_range is None, "stacked experts are not flattened"
+    rank, size, axis = shard
     return [
         ShardedTensor.from_rank_offsets(
             key,
             part,
             *offset,
-            *(((len(offset), half, halves),) if halves > 1 else ()),
+            (len(offset) + axis, half * size + rank, halves * size),
             replica_id=replica_id,
             prepend_axis_num=len(offset),
         )
@@ -194,7 +199,7 @@ class _GroupedMLP(torch.autograd.Function):
         hidden = multiply(rows, weight1, groups, grouped)
         ctx.save_for_backward(rows, probs, weight1, weight2, hidden)
         ctx.groups, ctx.activation, ctx.grouped = groups, activation, grouped
-        return multiply(activation(hidden, probs), weight2, groups, grouped)
+        return multiply(activation.forward(hidden, probs), weight2, groups, grouped)
 
     @staticmethod
     def backward(ctx, grad):
@@ -202,11 +207,8 @@ class _GroupedMLP(torch.autograd.Function):
         groups, grouped = ctx.groups, ctx.grouped
         grad = grad.contiguous()
         grad_activated = multiply(grad, weight2.transpose(1, 2), groups, grouped)
-        with torch.enable_grad():
-            leaf, leaf_probs = hidden.detach().requires_grad_(), probs.detach().requires_grad_()
-            activated = ctx.activation(leaf, leaf_probs)
-        grad_hidden, grad_probs = torch.autograd.grad(activated, (leaf, leaf_probs), grad_activated)
-        grad_weight2 = weight_gradient(grad, activated.detach(), groups, grouped)
+        grad_hidden, activated, grad_probs = ctx.activation.backward(hidden, probs, grad_activated)
+        grad_weight2 = weight_gradient(grad, activated, groups, grouped)
         grad_weight1 = weight_gradient(grad_hidden, rows, groups, grouped)
         grad_rows = multiply(grad_hidden, weight1.transpose(1, 2), groups, grouped)
         return grad_rows, grad_probs, grad_weight1, grad_weight2, None, None, None

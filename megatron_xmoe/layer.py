@@ -1,5 +1,8 @@
 """X-MoE's Mixture-of-Experts layer."""
 
+import copy
+
+import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
@@ -9,6 +12,7 @@ from torch import Tensor
 from megatron_xmoe.config import XMoEConfig
 from megatron_xmoe.dispatch import AllToAllDispatcher
 from megatron_xmoe.metrics import count_routes
+from megatron_xmoe.routing import BestOfGroup, raw_logits
 
 
 class XMoELayer(MoELayer):
@@ -28,11 +32,7 @@ class XMoELayer(MoELayer):
         name: str | None = None,
         xmoe: XMoEConfig | None = None,
     ):
-        """Args are those of MoELayer, and `xmoe`, the options of X-MoE (defaults if None).
-
-        Raises:
-            ValueError: expert tensor parallelism.
-        """
+        """Args are those of MoELayer, and `xmoe`, the options of X-MoE (defaults if None)."""
         if pg_collection is None:
             pg_collection = get_default_pg_collection()
         super().__init__(
@@ -44,8 +44,18 @@ class XMoELayer(MoELayer):
             name=name,
         )
         self.xmoe = xmoe or XMoEConfig(moe_backend="xmoe")
+        if self.xmoe.xmoe_group_score == "max":
+            self.router.router_replay = BestOfGroup()
         # MoELayer builds one of its own dispatchers and has no seam for another
-        self.token_dispatcher = AllToAllDispatcher(self.num_local_experts, config, pg_collection)
+        self.token_dispatcher = AllToAllDispatcher(
+            self.num_local_experts, config, pg_collection, self.xmoe.xmoe_min_capacity
+        )
+        if self.shared_expert_overlap:
+            self.token_dispatcher.set_shared_experts(self.shared_experts)
+        if config.moe_expert_capacity_factor is not None:
+            # the dispatcher drops while it sorts, so the router, whose dropping is O(T * E), must not
+            self.router.config = copy.copy(self.router.config)
+            self.router.config.moe_expert_capacity_factor = None
 
     def route(self, hidden_states: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Megatron's routing; also counts each expert's routes where that was asked for.
@@ -53,5 +63,23 @@ class XMoELayer(MoELayer):
         Args: hidden_states [S, B, H]; padding_mask [S, B] bool. Returns probs [T, E] and routing_map [T, E] bool.
         """
         probs, routing_map = super().route(hidden_states, padding_mask)
-        count_routes(self.layer_number, routing_map)
+        if self.xmoe.xmoe_combine_weights == "logits":
+            probs = raw_logits(self.router, hidden_states, probs, routing_map)
+        number = self.layer_number
+        if self.is_mtp_layer:  # these are numbered anew
+            number += self.config.num_layers
+        count_routes(number, routing_map)
         return probs, routing_map
+
+    def preprocess(self, hidden_states: Tensor, probs: Tensor, routing_map: Tensor) -> tuple[Tensor, Tensor]:
+        """Megatron's stage before the exchange; with capacity dropping, the router's expert bias sees what is kept.
+
+        Args: hidden_states [S, B, H]; probs [T, E]; routing_map [T, E] bool. Returns rows [N, H] and weights [N].
+        """
+        rows, weights = super().preprocess(hidden_states, probs, routing_map)
+        drops = self.config.moe_expert_capacity_factor is not None
+        if drops and self.router.enable_expert_bias and torch.is_grad_enabled():
+            # Megatron counts after it has dropped; here the router has counted all, under the same condition
+            kept = self.token_dispatcher.state.kept_per_expert
+            self.router.local_tokens_per_expert += kept - routing_map.sum(dim=0)
+        return rows, weights

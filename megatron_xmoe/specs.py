@@ -26,6 +26,7 @@ from megatron_xmoe.config import XMoEConfig
 from megatron_xmoe.experts import XMoEGroupedMLP
 from megatron_xmoe.layer import XMoELayer
 from megatron_xmoe.norm import TorchNorm
+from megatron_xmoe.qk_norm import with_query_key_norms
 
 Spec = ModuleSpec | TransformerBlockSubmodules
 
@@ -97,6 +98,9 @@ def substitute(spec: Any, table: dict[type, Any]) -> Any:
 def substituting(stock_spec: Callable[..., Spec], xmoe: XMoEConfig) -> Callable[..., Spec]:
     """The spec callable for Megatron's GPTModelConfig: the stock spec, with our modules in it.
 
+    Its attribute `of_other_blocks` does the same to a spec that Megatron's model builder makes by itself, whatever the
+    decoder's is: that of the layers that predict further tokens (platform/wheel.py calls it).
+
     Args:
         stock_spec: function of (GPTModelConfig, vp_stage) that gives the spec Megatron would use.
         xmoe: options; `moe_backend` decides whether MoE layers are replaced.
@@ -108,6 +112,11 @@ def substituting(stock_spec: Callable[..., Spec], xmoe: XMoEConfig) -> Callable[
             # a single layer, as for dense models: Megatron would add the final norm by itself, unseen by us
             layers = get_num_layers_to_build(config.transformer, vp_stage)
             spec = TransformerBlockSubmodules(layer_specs=[spec] * layers, layer_norm=LayerNormImpl)
-        return substitute(spec, substitutions(config.transformer, xmoe))
+        return adapt(config, spec)
 
+    def adapt(config, spec: Spec) -> Spec:
+        spec = substitute(spec, substitutions(config.transformer, xmoe))
+        return with_query_key_norms(spec, config.transformer, xmoe.xmoe_qk_norm == "all-heads")
+
+    transformer_layer_spec.of_other_blocks = adapt
     return transformer_layer_spec

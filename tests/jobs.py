@@ -4,10 +4,12 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from fork_server import Client
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 NUMBER = r"([-+0-9.E]+|nan|inf)"
@@ -54,21 +56,71 @@ class Job:
 
 
 def run_job(
-    *arguments: str | list[str], processes: int = 1, timeout: int = 300, fails: bool = False, **environment: str
+    *arguments: str | list[str],
+    processes: int = 1,
+    timeout: int = 300,
+    fails: bool = False,
+    torchrun: bool = False,
+    recorder: Path | None = None,
+    **environment: str,
 ) -> Job:
-    """Run pretrain_xmoe.py under torchrun and wait for it; a failure that was not expected shows the log."""
+    """Run pretrain_xmoe.py and wait for it; a failure that was not expected shows the log.
+
+    Args:
+        torchrun: start it as a user does, and not from the fork server, which saves the imports.
+        recorder: directory in which tests/recorder.py keeps what was trained (only without torchrun).
+        environment: variables for its processes.
+    """
     flat = [part for argument in arguments for part in ([argument] if isinstance(argument, str) else argument)]
+    if torchrun or torch.cuda.is_available():  # a fork would inherit the CPU platform
+        assert recorder is None, "only the fork server's processes can record"
+        job = _under_torchrun(flat, processes, timeout, environment)
+    else:
+        job = _forked(flat, processes, timeout, environment, recorder)
+    assert fails or job.returncode == 0, f"{flat}\n{job.output[-1500:]}\n{job.errors[-6000:]}"
+    return job
+
+
+def run_script(
+    script: Path, *arguments: str | Path, processes: int = 1, timeout: int = 300, fails: bool = False
+) -> Job:
+    """Run another program that uses Megatron, in processes of the fork server; a failure shows the log."""
+    job = _forked([str(argument) for argument in arguments], processes, timeout, {}, None, script)
+    assert fails or job.returncode == 0, f"{script.name} {arguments}\n{job.output[-1500:]}\n{job.errors[-6000:]}"
+    return job
+
+
+_server = Client()
+
+
+def _forked(
+    arguments: list[str],
+    processes: int,
+    timeout: int,
+    environment: dict[str, str],
+    recorder: Path | None,
+    script: Path = REPOSITORY / "pretrain_xmoe.py",
+) -> Job:
+    with tempfile.TemporaryDirectory() as directory:
+        code = _server.run(script, arguments, processes, Path(directory), timeout,
+                           environment, recorder and str(recorder))  # fmt: skip
+        texts = {
+            kind: "".join((Path(directory) / f"{kind}.{rank}").read_text() for rank in range(processes))
+            for kind in ("out", "err")
+        }
+        return Job(code, texts["out"], texts["err"])
+
+
+def _under_torchrun(arguments: list[str], processes: int, timeout: int, environment: dict[str, str]) -> Job:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     done = subprocess.run(
-        [*command, str(REPOSITORY / "pretrain_xmoe.py"), *flat],
+        [*command, str(REPOSITORY / "pretrain_xmoe.py"), *arguments],
         capture_output=True,
         text=True,
         timeout=timeout,
         env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
     )
-    job = Job(done.returncode, done.stdout, done.stderr)
-    assert fails or job.returncode == 0, f"{flat}\n{job.output[-1500:]}\n{job.errors[-6000:]}"
-    return job
+    return Job(done.returncode, done.stdout, done.stderr)
 
 
 def start_from(checkpoint: Path) -> list[str]:

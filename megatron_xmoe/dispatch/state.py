@@ -19,11 +19,17 @@ class DispatchState:
     token_ids: Tensor
     """[N] int32: the token of each sent row."""
 
+    kept_per_expert: Tensor
+    """[E] int64: this rank's routes of each expert that were not dropped."""
+
     input_splits: list[int]
     """Rows sent to each of the G ranks; sums to N."""
 
     output_splits: list[int]
-    """Rows received from each of the G ranks; sums to M."""
+    """Rows received from each of the G ranks; sums to M (without expert tensor parallelism)."""
+
+    tensor_splits: list[int]
+    """Rows received by each expert-tensor-parallel rank, which gather them all; sums to M."""
 
     tokens_per_expert: Tensor
     """[E / G] int64 on the CPU: received rows of each local expert; sums to M."""
@@ -33,3 +39,6 @@ class DispatchState:
 
     arrival_order: Tensor | None
     """[M] int32: expert-major position of each received row, the inverse of `expert_order`."""
+
+    probs_dtype: torch.dtype
+    """Of the routing weights, in which partial results of expert-tensor-parallel ranks are summed."""

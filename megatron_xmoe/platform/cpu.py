@@ -14,6 +14,7 @@ from contextlib import nullcontext
 
 import torch
 
+from megatron_xmoe.platform import gloo
 from megatron_xmoe.platform.patching import Replacement, apply
 
 CPU = torch.device("cpu")
@@ -253,6 +254,7 @@ TORCH_REPLACEMENTS = [
     Replacement("torch.cuda:stream", _stream_context, "work on side streams runs in order"),
     Replacement("torch.cuda:current_stream", _current_stream, "side streams wait for it"),
     Replacement("torch.cuda:default_stream", _current_stream, "side streams wait for it"),
+    Replacement("torch.cuda:is_current_stream_capturing", _constant(False), "the routing trace asks"),
     Replacement("torch.cuda:manual_seed", _instead(_manual_seed), "random states are the CPU generator's"),
     Replacement("torch.cuda:get_rng_state", _instead(_get_rng_state), "random states are the CPU generator's"),
     Replacement("torch.cuda:set_rng_state", _instead(_set_rng_state), "random states are the CPU generator's"),
@@ -278,5 +280,15 @@ MEGATRON_REPLACEMENTS = [
         "megatron.core.transformer.moe.token_dispatcher:maybe_move_tensor_to_cpu",
         _split_sizes_as_numpy,
         "gloo takes split sizes as numbers, and the original converts only what is on a GPU",
+    ),
+    Replacement(
+        "megatron.core.tensor_parallel.mappings:_gather_along_first_dim",
+        gloo.gather_uneven,
+        "gloo gathers equal parts only",
+    ),
+    Replacement(
+        "megatron.core.tensor_parallel.mappings:_reduce_scatter_along_first_dim",
+        gloo.reduce_scatter_uneven,
+        "gloo scatters equal parts only",
     ),
 ]

@@ -128,6 +128,18 @@ def _keeping_random_state(original):
     return build
 
 
+def _like_the_decoder(original):
+    """The spec of the layers that predict further tokens, treated as the decoder's where that is known how."""
+
+    @functools.wraps(original)
+    def mtp_block_spec(config, *args, **kwargs):
+        spec = original(config, *args, **kwargs)
+        treat = getattr(config.transformer_layer_spec, "of_other_blocks", None)
+        return treat(config, spec) if treat is not None and spec is not None else spec
+
+    return mtp_block_spec
+
+
 _OPTIMIZER = "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer"
 _RESUME = "the distributed optimizer cannot resume with torch's Adam"
 
@@ -149,5 +161,10 @@ REPLACEMENTS = [
         "megatron.training.training:build_train_valid_test_data_iterators",
         _keeping_random_state,
         "the random state after a resume is not that of the run in one go",
+    ),
+    Replacement(
+        "megatron.training.models.gpt:mtp_block_spec",
+        _like_the_decoder,
+        "it builds the layers for further tokens from the stock spec, whatever the decoder's spec is",
     ),
 ]

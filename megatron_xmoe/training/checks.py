@@ -32,6 +32,16 @@ def check_arguments(args: argparse.Namespace) -> None:
         )
     if args.moe_backend != "xmoe" and args.xmoe_expert_load_file:
         raise UsageError("--xmoe-expert-load-file needs --moe-backend xmoe, whose layers count. Fix: add it")
+    if args.xmoe_qk_norm != "per-head" and (not args.qk_layernorm or args.multi_latent_attention):
+        raise UsageError(
+            f"--xmoe-qk-norm {args.xmoe_qk_norm} says what --qk-layernorm normalises, outside latent attention. Fix: "
+            "add --qk-layernorm, or leave it out"
+        )
+    if args.xmoe_group_score != "sum" and not args.moe_router_group_topk:
+        raise UsageError(
+            f"--xmoe-group-score {args.xmoe_group_score} ranks groups of experts, and there are none. Fix: add "
+            "--moe-router-num-groups and --moe-router-group-topk, or leave it out"
+        )
     for name in ("num_layers", "hidden_size", "num_attention_heads", "seq_length", "micro_batch_size"):
         value = getattr(args, name)
         if value is None or value < 1:

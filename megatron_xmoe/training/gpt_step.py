@@ -8,6 +8,8 @@ from megatron.core import parallel_state
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
 from megatron.core.rerun_state_machine import get_rerun_state_machine
+from megatron.core.transformer.multi_token_prediction import mtp_on_this_rank
+from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 from megatron.core.utils import (
     StragglerDetector,
     get_attr_wrapped_model,
@@ -32,9 +34,9 @@ def get_batch(data_iterator, vp_stage: int | None, micro_batch_size: int) -> tup
     Each [B, S] (the attention mask [B, 1, S, S] bool, True where hidden); None where this pipeline stage does not need
     it. Tensor-parallel rank 0 reads, the others receive.
     """
-    if not is_first_or_last_pipeline_stage(vp_stage):
+    args, predicts_further = get_args(), _predicts_further_tokens(vp_stage)
+    if not is_first_or_last_pipeline_stage(vp_stage) and not predicts_further:
         return (None,) * len(BATCH_KEYS)
-    args = get_args()
     tp_rank = parallel_state.get_tensor_model_parallel_rank()
     batch = {}
     if tp_rank == 0:
@@ -51,7 +53,7 @@ def get_batch(data_iterator, vp_stage: int | None, micro_batch_size: int) -> tup
         tp_rank=tp_rank,
         micro_batch_size=micro_batch_size,
         seq_length=args.seq_length,
-        mtp_on_this_rank=False,
+        mtp_on_this_rank=predicts_further,
         pipeline_model_parallel_size=args.pipeline_model_parallel_size,
         is_pipeline_first_stage=parallel_state.is_pipeline_first_stage(),
         is_pipeline_last_stage=parallel_state.is_pipeline_last_stage(),
@@ -61,6 +63,17 @@ def get_batch(data_iterator, vp_stage: int | None, micro_batch_size: int) -> tup
             batch, is_hybrid_cp=False, cp_group=parallel_state.get_context_parallel_group()
         )
     return tuple(batch[key] for key in BATCH_KEYS)
+
+
+def _predicts_further_tokens(vp_stage: int | None) -> bool:
+    """Whether this stage has layers of multi-token prediction, which embed the tokens once more."""
+    args = get_args()
+    if not args.mtp_num_layers:
+        return False
+    layout = args.pipeline_model_parallel_layout
+    if layout is not None:
+        layout = PipelineParallelLayerLayout(layout, args.pipeline_model_parallel_size)
+    return mtp_on_this_rank(layout, args.mtp_num_layers, ignore_virtual=vp_stage is None, vp_stage=vp_stage)
 
 
 def _to_device(tensor: Tensor | None) -> Tensor | None:
@@ -174,7 +187,8 @@ def dataset_config(args) -> GPTDatasetConfig:
 
 
 def _is_built_here(vp_stage: int | None = None) -> bool:
-    return is_first_or_last_pipeline_stage(vp_stage) and parallel_state.get_tensor_model_parallel_rank() == 0
+    needed = is_first_or_last_pipeline_stage(vp_stage) or _predicts_further_tokens(vp_stage)
+    return needed and parallel_state.get_tensor_model_parallel_rank() == 0
 
 
 def datasets_provider(num_samples, vp_stage: int | None = None):

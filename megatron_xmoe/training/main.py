@@ -18,7 +18,7 @@ def main(program_start: float) -> int:
     """Run `pretrain_xmoe.py`; returns the exit code. What a user caused is one line on standard error."""
     _quieten()
     try:
-        _alone_without_launcher()
+        alone_without_launcher()
         on_cpu = cpu.needed()
         stand_ins = cpu.install() if on_cpu else []
         repairs = wheel.install()
@@ -40,10 +40,11 @@ def main(program_start: float) -> int:
     return 0
 
 
-def prepare(on_cpu: bool, stand_ins: int, repairs: int) -> Callable[[float], None]:
+def prepare(on_cpu: bool, stand_ins: int, repairs: int, run: Callable | None = None) -> Callable[[float], None]:
     """Parse, adjust and check the command line, and set Megatron up with the chosen backend.
 
-    Args: whether the run is on a CPU; numbers of symbols replaced for that, and of repairs, for the start-up block.
+    Args: whether the run is on a CPU; numbers of symbols replaced for that, and of repairs, for the start-up block;
+        `run`, what is done with (configuration, start time) instead of training.
 
     Returns:
         A function of the program's start time that runs the training.
@@ -87,13 +88,16 @@ def prepare(on_cpu: bool, stand_ins: int, repairs: int) -> Callable[[float], Non
         print_report(xmoe, adjustments, stand_ins, repairs)
         if xmoe.xmoe_expert_load_file:
             install_expert_load_tracker(
-                xmoe.xmoe_expert_load_file, args.num_layers, args.num_experts, args.log_interval
+                xmoe.xmoe_expert_load_file,
+                args.num_layers + (args.mtp_num_layers or 0),
+                args.num_experts,
+                args.log_interval,
             )
         return model_chunks
 
     model_config.post_wrap_hooks.append(report)
     container = pretrain_cfg_container_from_args(args, model_config)
-    return lambda program_start: _train(container, program_start)
+    return lambda program_start: (run or _train)(container, program_start)
 
 
 def _stock_spec(chosen):
@@ -140,7 +144,7 @@ def _fail(error: Exception, before_training: bool) -> int:
     return 2 if isinstance(error, UsageError) else 1
 
 
-def _alone_without_launcher() -> None:
+def alone_without_launcher() -> None:
     """Started without torchrun: one process, with a free port of its own.
 
     Raises:

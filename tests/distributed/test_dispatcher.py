@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from tolerances import assert_close
 
 WORLD = 4
-H, FFN, SHARED_FFN, B = 12, 10, 6, 2
+H, FFN, SHARED_FFN, B = 12, 8, 8, 2
 UNEVEN = (3, 1, 5, 2)
 """Sequence length of each rank."""
 
@@ -32,8 +32,17 @@ class Case:
     forced: tuple[int, ...] = ()
     """Experts that the router is made to choose."""
 
+    etp: int = 1
+    """Tensor-parallel ranks that share an expert."""
+
+    capacity: float | None = None
+    overlap: bool = False
+    """Shared experts are computed during the exchanges."""
+
     def __str__(self) -> str:
         extras = [f"tp{self.tp}"] * (self.tp > 1) + ["shared"] * self.shared
+        extras += [f"etp{self.etp}"] * (self.etp > 1) + ["overlap"] * self.overlap
+        extras += [f"capacity{self.capacity}"] * (self.capacity is not None)
         extras += [f"forced{''.join(map(str, self.forced))}"] * bool(self.forced)
         extras += ["even"] * (len(set(self.lengths)) == 1)
         return "-".join([f"ep{self.ep}", f"e{self.experts}", f"k{self.topk}", *extras])
@@ -58,6 +67,20 @@ LAYER_CASES = [
     Case(4, 4, 1, forced=(3,)),
     Case(4, 8, 3, tp=2, lengths=(2, 2, 4, 4)),
     Case(2, 4, 2, tp=2, lengths=(3, 3, 1, 1), shared=True),
+]
+
+# against Megatron's layer only: what the oracle does not know
+MEGATRON_CASES = [
+    Case(1, 2, 1, tp=2, etp=2, lengths=(2, 2, 4, 4)),
+    Case(2, 2, 2, tp=2, etp=2, lengths=(3, 3, 1, 1)),
+    Case(2, 8, 3, tp=2, etp=2, lengths=(3, 3, 1, 1), shared=True, overlap=True),
+    Case(2, 8, 3, tp=2, etp=2, lengths=(3, 3, 1, 1), forced=(0, 1, 2)),  # one group's ranks receive nothing
+    Case(2, 8, 3, tp=2, etp=2, lengths=(3, 3, 1, 1), capacity=0.8),
+    Case(1, 3, 2, tp=4, etp=4, lengths=(2, 2, 2, 2), capacity=1.0),
+    Case(4, 8, 3, capacity=0.6),
+    Case(4, 8, 3, capacity=0.0),  # every route is dropped
+    Case(4, 8, 3, shared=True, overlap=True),
+    Case(1, 3, 2, shared=True, overlap=True),
 ]
 
 
@@ -93,13 +116,14 @@ def build(case: Case, kind: type, experts: type | None = None) -> torch.nn.Modul
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     config = TransformerConfig(
-        num_layers=1, hidden_size=H, num_attention_heads=2, num_moe_experts=case.experts, moe_router_topk=case.topk,
+        num_layers=1, hidden_size=H, num_attention_heads=4, num_moe_experts=case.experts, moe_router_topk=case.topk,
         moe_ffn_hidden_size=FFN, ffn_hidden_size=FFN, gated_linear_unit=True, activation_func=F.silu,
         moe_shared_expert_intermediate_size=SHARED_FFN if case.shared else None, add_bias_linear=False,
         bias_activation_fusion=False, gradient_accumulation_fusion=False, moe_router_load_balancing_type="none",
         moe_router_pre_softmax=case.topk == 1, moe_router_dtype="fp64", params_dtype=torch.float64,
         moe_token_dispatcher_type="alltoall", use_cpu_initialization=True, tensor_model_parallel_size=case.tp,
-        sequence_parallel=case.tp > 1, expert_model_parallel_size=case.ep, expert_tensor_parallel_size=1,
+        sequence_parallel=case.tp > 1, expert_model_parallel_size=case.ep, expert_tensor_parallel_size=case.etp,
+        moe_expert_capacity_factor=case.capacity, moe_shared_expert_overlap=case.overlap,
     )  # fmt: skip
     submodules = get_moe_module_spec(use_te=False, num_experts=case.experts).keywords["submodules"]
     layer = kind(config, submodules=replace(submodules, experts=experts) if experts else submodules)
@@ -108,7 +132,7 @@ def build(case: Case, kind: type, experts: type | None = None) -> torch.nn.Modul
         layer.router.weight.copy_(weights["router"])
         for i, expert in enumerate(layer.local_expert_indices):
             for name in ("fc1", "fc2"):
-                expert_weight(layer, i, name).copy_(weights[name][expert])
+                expert_weight(layer, i, name).copy_(shard_of(case, weights[name][expert], name))
         if case.shared:
             rank = torch.distributed.get_rank() % case.tp
             gate, up = weights["shared_fc1"].chunk(2)
@@ -116,6 +140,14 @@ def build(case: Case, kind: type, experts: type | None = None) -> torch.nn.Modul
             layer.shared_experts.linear_fc1.weight.copy_(torch.cat(parts))
             layer.shared_experts.linear_fc2.weight.copy_(weights["shared_fc2"].chunk(case.tp, dim=1)[rank])
     return layer
+
+
+def shard_of(case: Case, weight: torch.Tensor, name: str) -> torch.Tensor:
+    """This rank's share of an expert's matrix; of gate and up each."""
+    rank = torch.distributed.get_rank() % case.etp
+    if name == "fc2":
+        return weight.chunk(case.etp, dim=1)[rank]
+    return torch.cat([part.chunk(case.etp)[rank] for part in weight.chunk(2)])
 
 
 def expert_weight(layer: torch.nn.Module, local: int, name: str) -> torch.Tensor:
@@ -172,7 +204,8 @@ def gradients_of(layer: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 def run_layer(case: Case, layer: torch.nn.Module) -> dict:
     """Forward and backward of a whole layer on this rank."""
-    passes = watch(layer.token_dispatcher) if hasattr(layer, "xmoe") else []
+    watched = hasattr(layer, "xmoe") and case in LAYER_CASES
+    passes = watch(layer.token_dispatcher) if watched else []
     x, grad = tokens_of(case, torch.distributed.get_rank())
     x.requires_grad_()
     output, _ = layer(x)
@@ -277,40 +310,31 @@ def run_routing(routing: Routing) -> dict:
     }
 
 
-def layout_of(case: Case | Routing) -> tuple[int, int]:
-    """Tensor and expert parallel size."""
+def layout_of(case: Case | Routing) -> tuple[int, int, int]:
+    """Tensor, expert and expert-tensor parallel size."""
     case = case if isinstance(case, Case) else case.case
-    return case.tp, case.ep
+    return case.tp, case.ep, case.etp
 
 
 def run_all(cases: list[Case | Routing]) -> dict:
     """Everything that needs processes, layout by layout: results by case."""
-    results = {"refusal": refusal_of_expert_tensor_parallelism()}
-    for (tp, ep), some in groupby(sorted(cases, key=layout_of), key=layout_of):
-        with harness.model_parallel(tp=tp, ep=ep):
+    results = {}
+    for (tp, ep, etp), some in groupby(sorted(cases, key=layout_of), key=layout_of):
+        with harness.model_parallel(tp=tp, ep=ep, etp=etp):
             for case in some:
                 results[case] = run_layers(case) if isinstance(case, Case) else run_routing(case)
     return results
 
 
-def refusal_of_expert_tensor_parallelism() -> str:
-    """The error of building a layer where experts would be sharded over two ranks."""
-    from megatron_xmoe.layer import XMoELayer
-
-    with harness.model_parallel(tp=2, ep=2, etp=2), pytest.raises(ValueError) as raised:
-        build(Case(2, 4, 2, tp=2), XMoELayer)
-    return str(raised.value)
-
-
 @pytest.fixture(scope="module")
 def computed() -> dict:
     """What each rank computed, by case."""
-    ranks = harness.run_distributed(run_all, WORLD, [*LAYER_CASES, *STAGE_CASES], timeout=240)
+    ranks = harness.run_distributed(run_all, WORLD, [*LAYER_CASES, *MEGATRON_CASES, *STAGE_CASES], timeout=240)
     return {case: [rank[case] for rank in ranks] for case in ranks[0]}
 
 
 @pytest.mark.parametrize("kind", ["xmoe", "grouped"])
-@pytest.mark.parametrize("case", LAYER_CASES, ids=str)
+@pytest.mark.parametrize("case", [*LAYER_CASES, *MEGATRON_CASES], ids=str)
 def test_layer_is_megatrons(computed, case, kind):
     """Same output, same gradients of the input and of every parameter, on every rank, in fp64."""
     for result in computed[case]:
@@ -445,8 +469,3 @@ def test_cases_are_what_they_say(computed):
     assert received == [sum(UNEVEN) * B * 2, 0, 0, 0]
     case = next(c for c in STAGE_CASES if c.name == "a rank without tokens" and c.ep == 4)
     assert computed[case][1]["traffic"][0].sent_rows == 0 < computed[case][1]["traffic"][0].received_rows
-
-
-def test_expert_tensor_parallelism_is_refused_with_the_fix(computed):
-    for message in computed["refusal"]:
-        assert "is 2" in message and "--expert-tensor-parallel-size 1" in message

@@ -10,7 +10,7 @@ RUN = "--train-iters 2 --expert-model-parallel-size 2".split()
 
 def test_start_up_block(tmp_path):
     load = tmp_path / "load" / "experts.jsonl"
-    job = run_job(TOY, RUN, "--moe-backend", "xmoe", "--xmoe-expert-load-file", str(load), processes=2)
+    job = run_job(TOY, RUN, "--moe-backend", "xmoe", "--xmoe-expert-load-file", str(load), processes=2, torchrun=True)
     assert job.output.count("backend      xmoe (XMoELayer) for 12 experts, top-3") == 1  # on rank 0 only
     for part in (
         "dispatcher   alltoall",
@@ -65,7 +65,8 @@ def test_an_error_in_the_middle_of_training_shows_its_traceback(tmp_path):
         "def failing(*args, **kwargs): raise RuntimeError('attention broke')\n"
         "torch.nn.functional.scaled_dot_product_attention = failing\n"
     )
-    job = run_job(TOY, RUN, "--moe-backend", "xmoe", processes=2, fails=True, PYTHONPATH=str(tmp_path))
+    job = run_job(TOY, RUN, "--moe-backend", "xmoe", processes=2, fails=True, torchrun=True,
+                  PYTHONPATH=str(tmp_path))  # fmt: skip
     assert job.returncode != 0
     assert "attention broke" in job.told()[0] and "in forward_step" in job.errors
 

@@ -1,6 +1,7 @@
 """Grouped experts against Megatron's SequentialMLP: outputs, every gradient, and what a checkpoint holds."""
 
 from functools import partial
+from types import SimpleNamespace
 
 import harness
 import pytest
@@ -59,10 +60,13 @@ def stacked(stock, name, get):
     return torch.stack([get(getattr(expert, name).weight) for expert in stock.local_experts])
 
 
+ON_INPUT = {"moe_apply_probs_on_input": True, "moe_router_topk": 1, "moe_router_pre_softmax": True}
+
+
 @pytest.mark.parametrize("rows", ROWS)
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_outputs_and_gradients(activation, rows):
-    stock, ours = experts(activation)
+@pytest.mark.parametrize("activation, options", [*((name, {}) for name in ACTIVATIONS), ("SwiGLU", ON_INPUT)])
+def test_outputs_and_gradients(activation, options, rows):
+    stock, ours = experts(activation, **options)
     counts = torch.tensor(ROWS[rows])
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(counts.sum(), HIDDEN, dtype=torch.float64, generator=generator)
@@ -140,6 +144,20 @@ def test_a_seed_means_the_same_weights():
         drawn.append(experts("SwiGLU", build_only=index))
     for name in ("linear_fc1", "linear_fc2"):
         assert_same(getattr(drawn[1], name).weight.detach(), stacked(drawn[0], name, lambda weight: weight.detach()))
+
+
+def test_experts_that_cannot_be_shared_are_refused():
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    from megatron_xmoe.experts import XMoEGroupedMLP
+
+    config = TransformerConfig(
+        num_layers=1, hidden_size=8, num_attention_heads=2, num_moe_experts=2, moe_ffn_hidden_size=10,
+        add_bias_linear=False,
+    )  # fmt: skip
+    groups = SimpleNamespace(expt_tp=SimpleNamespace(size=lambda: 4))
+    with pytest.raises(ValueError, match="--moe-ffn-hidden-size 10 .* --expert-tensor-parallel-size 4"):
+        XMoEGroupedMLP(2, config, pg_collection=groups)
 
 
 def test_biases_are_refused():

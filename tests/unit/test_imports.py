@@ -15,7 +15,7 @@ SOURCES = sorted((ROOT / PACKAGE).rglob("*.py"))
 
 LEAVES = ("config", "version", "_optional")
 OURS_BELOW_LAYERS = ("dispatch", "ops", "parallel_state", "metrics", "profiling", *LEAVES)
-LAYERS = ("layer", "experts", "sequence_shard", "norm", "attention")
+LAYERS = ("layer", "experts", "sequence_shard", "norm", "qk_norm", "attention", "routing")
 # the dispatcher's base class, and what its constructor and its exchange are made of
 DISPATCHER_BASE = (
     "megatron.core.transformer.moe.token_dispatcher",
@@ -35,7 +35,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "__init__": ours("config", "version"),
     **dict.fromkeys(LEAVES, ()),
     "kernels": ("torch", "triton", *ours("_C", *LEAVES)),
-    "ops": ("torch", *ours("kernels")),
+    "ops": ("torch", *ours("kernels", "_optional")),
     "profiling": ("torch", *ours(*LEAVES)),
     "parallel_state": ("torch", "megatron.core", *ours(*LEAVES)),
     "metrics": ("torch", "megatron.core", *ours("parallel_state", "profiling", *LEAVES)),
@@ -52,7 +52,11 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         *ours("ops.grouped_gemm.why_not_grouped_mm"),  # for the start-up report, which says why
         *ours("backend", "specs", "metrics", "platform", "kernels", "profiling", "checkpoint", *LEAVES),
     ),
-    "checkpoint": ("torch", "numpy", "safetensors", "megatron.core.dist_checkpointing", *ours(*LEAVES)),
+    "checkpoint": (
+        *("torch", "numpy", "safetensors", "huggingface_hub", "transformers", "tqdm"),
+        "megatron.core.dist_checkpointing",
+        *("megatron.core.transformer.moe", *ours(*LEAVES)),  # its upcycling, and the classes that it looks for
+    ),
     "info": ("torch", *ours("platform", "kernels", *LEAVES)),
 }
 FORBIDDEN = {"ops": ("torch.distributed",), "kernels": ("torch.distributed",)}

@@ -1,19 +1,26 @@
 """Every option of Megatron's parser that concerns experts is accounted for, and what is not served is refused."""
 
 import argparse
+import subprocess
+import sys
 import warnings
+from pathlib import Path
 
 import pytest
 from megatron.training.arguments import add_megatron_arguments
+from option_cases import CASES, LAYOUTS, MODEL
 
-from megatron_xmoe.training import options
+from megatron_xmoe.training import option_table
 from megatron_xmoe.training.arguments import add_xmoe_arguments, parse
 from megatron_xmoe.training.defaults import adjust
 from megatron_xmoe.training.errors import UsageError
 from megatron_xmoe.training.options import check_options
 
+ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
-TABLES = {name: set(getattr(options, name)) for name in ("SERVED", "REFUSED", "LIMITED", "UNRELATED", "UNAVAILABLE")}
+TABLES = {
+    name: set(getattr(option_table, name)) for name in ("SERVED", "REFUSED", "LIMITED", "UNRELATED", "UNAVAILABLE")
+}
 
 
 def options_of(add_arguments) -> dict[str, argparse.Action]:
@@ -54,10 +61,10 @@ def check(args: argparse.Namespace, *given: str) -> None:
 
 
 def test_every_option_about_experts_is_in_a_table():
-    concerned = {dest for dest in MEGATRONS if options.CONCERNS_EXPERTS.search(dest)}
+    concerned = {dest for dest in MEGATRONS if option_table.CONCERNS_EXPERTS.search(dest)}
     assert len(concerned) > 100
     missing = sorted(concerned - set.union(*TABLES.values()))
-    assert not missing, f"say in training/options.py what becomes of {missing}"
+    assert not missing, f"say in training/option_table.py what becomes of {missing}"
 
 
 @pytest.mark.parametrize("name", TABLES)
@@ -74,7 +81,7 @@ def test_no_option_is_in_two_tables():
 
 @pytest.mark.parametrize("dest", REFUSED_AND_PARSED)
 def test_refused_option(dest):
-    action, refusal = MEGATRONS[dest], options.REFUSED[dest]
+    action, refusal = MEGATRONS[dest], option_table.REFUSED[dest]
     value = other_value(action)
     with pytest.raises(UsageError) as raised:
         check(arguments(**{dest: value}), dest)
@@ -87,8 +94,45 @@ def test_refused_option(dest):
 
 
 def test_refusal_shows_the_value():
-    with pytest.raises(UsageError, match=r"--moe-backend xmoe does not take --mtp-num-layers 2: .* Fix: "):
-        check(arguments(mtp_num_layers=2), "mtp_num_layers")
+    with pytest.raises(UsageError, match=r"--moe-backend xmoe does not take --moe-latent-size 8: .* Fix: "):
+        check(arguments(moe_latent_size=8), "moe_latent_size")
+
+
+def test_every_served_option_is_shown():
+    """The cases that a table names change the option, and have every value that it can take."""
+    parser = add_xmoe_arguments(add_megatron_arguments(argparse.ArgumentParser(add_help=False)))
+    shown = option_table.SERVED | {name: limit.shown_by for name, limit in option_table.LIMITED.items()}
+    for dest, cases in shown.items():
+        values = [value for case in cases for value in values_in_case(parser, case, dest)]
+        assert not cases or any(value != DEFAULTS[dest] for value in values), f"{cases} do not change {dest}"
+        choices = set((MEGATRONS | OURS)[dest].choices or ()) if dest in option_table.SERVED else set()
+        assert choices <= {one for value in values for one in as_list(value)}, f"{dest}: {cases} have only {values}"
+
+
+def values_in_case(parser: argparse.ArgumentParser, case: str, dest: str) -> list:
+    """The values that an option has in a case, in its layouts."""
+    commands = [
+        [*MODEL, *CASES[case].options.split(), *LAYOUTS[layout][1].split()] for layout in CASES[case].layouts
+    ]
+    return [getattr(parser.parse_args(command), dest) for command in commands]
+
+
+def as_list(value) -> list:
+    """A list option's values, or the only value."""
+    return value if isinstance(value, list) else [value]
+
+
+def test_every_case_shows_something():
+    """No case is left behind when a table changes."""
+    named = {case for cases in option_table.SERVED.values() for case in cases}
+    named |= {case for limit in option_table.LIMITED.values() for case in limit.shown_by}
+    assert not CASES.keys() ^ named
+
+
+def test_page_is_fresh():
+    command = [sys.executable, str(ROOT / "tools" / "render_options.py"), "--check"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 # option -> (arguments that are not served, arguments that are)
@@ -96,13 +140,14 @@ LIMITS = {
     "moe_token_dispatcher_type": ({"moe_token_dispatcher_type": "flex"}, {}),
     "ckpt_format": ({"ckpt_format": "torch"}, {"ckpt_format": "torch_dist"}),
     "moe_pad_expert_input_to_capacity": ({"moe_pad_expert_input_to_capacity": True}, {}),
-    "expert_tensor_parallel_size": ({"expert_tensor_parallel_size": 2}, {"expert_tensor_parallel_size": 1}),
-    "moe_router_load_balancing_type": (
-        {"moe_router_load_balancing_type": ["aux_loss", "sinkhorn"]},
-        {"moe_router_load_balancing_type": ["aux_loss", "global_aux_loss"]},
+    "moe_apply_probs_on_input": (
+        {"moe_apply_probs_on_input": True, "moe_router_topk": 2},
+        {"moe_apply_probs_on_input": True, "moe_router_topk": 1},
     ),
-    "recompute_granularity": ({"recompute_granularity": "selective"}, {"recompute_granularity": "full"}),
-    "recompute_activations": ({"recompute_activations": True}, {}),
+    "recompute_modules": (
+        {"recompute_modules": ["moe", "moe_act"]},
+        {"recompute_modules": ["moe", "core_attn", "mlp", "shared_experts"]},
+    ),
     "sequence_parallel": (
         {"tensor_model_parallel_size": 2, "sequence_parallel": False},
         {"tensor_model_parallel_size": 2, "sequence_parallel": True},
@@ -114,7 +159,7 @@ LIMITS = {
 def test_limited_option(dest):
     assert dest in LIMITS, f"say in LIMITS which values of {dest} are served"
     refused, served = LIMITS[dest]
-    rule, _, fix = options.LIMITED[dest]
+    rule, fix = option_table.LIMITED[dest].rule, option_table.LIMITED[dest].way_out
     with pytest.raises(UsageError) as raised:
         check(arguments(**refused), *refused)
     words = str(raised.value).replace(":", " ").split()
@@ -127,7 +172,7 @@ def test_limited_option(dest):
 @pytest.mark.parametrize("backend", ["xmoe", "megatron"])
 @pytest.mark.parametrize("dest", sorted(TABLES["UNAVAILABLE"]))
 def test_unavailable_option(dest, backend):
-    refusal = options.UNAVAILABLE[dest]
+    refusal = option_table.UNAVAILABLE[dest]
     with pytest.raises(UsageError) as raised:
         check(arguments(**{dest: other_value(MEGATRONS[dest])}, moe_backend=backend), dest)
     words = str(raised.value).replace(":", " ").split()
@@ -164,7 +209,7 @@ def test_an_ordinary_command_line_passes(monkeypatch):
     ("flag", "shown"),
     [
         ("--moe-grouped-gemm", "--moe-grouped-gemm:"),
-        ("--moe-expert-capacity-factor 1.5", "--moe-expert-capacity-factor 1.5:"),
+        ("--recompute-modules moe_act", "--recompute-modules moe_act:"),
         ("--moe-token-dispatcher-type allgather", "--moe-token-dispatcher-type allgather:"),
     ],
 )
@@ -174,9 +219,28 @@ def test_a_refused_option_of_a_command_line(monkeypatch, flag, shown):
         check_options(args, defaults)
 
 
-@pytest.mark.parametrize("backend", ["megatron", "xmoe"])
-def test_prediction_of_several_tokens_over_pipeline_stages(backend):
-    args = argparse.Namespace(**{**DEFAULTS, "moe_backend": backend, "mtp_num_layers": 1})
-    args.pipeline_model_parallel_size = 2
-    with pytest.raises(UsageError, match="--mtp-num-layers 1.*Fix: "):
-        check_options(args, DEFAULTS)
+@pytest.mark.parametrize("option", ["xmoe_min_capacity", "moe_token_drop_policy"])
+def test_dropping_needs_a_capacity(option):
+    changes = {"xmoe_min_capacity": 4} if option == "xmoe_min_capacity" else {"moe_token_drop_policy": "position"}
+    with pytest.raises(UsageError, match=r"nothing is dropped without a capacity. Fix: add --moe-expert-capacity"):
+        check(arguments(**changes))
+    check(arguments(**changes, moe_expert_capacity_factor=1.0))
+
+
+@pytest.mark.parametrize(
+    "changes", [{"xmoe_min_capacity": 4}, {"xmoe_combine_weights": "logits"}, {"xmoe_group_score": "max"}]
+)
+def test_options_of_our_layer_need_it(changes):
+    (option,) = changes
+    with pytest.raises(UsageError, match=f"--moe-backend megatron does not take --{option.replace('_', '-')}"):
+        check(arguments(**changes, moe_backend="megatron", moe_expert_capacity_factor=1.0))
+
+
+def test_a_negative_capacity_is_refused():
+    with pytest.raises(UsageError, match="--xmoe-min-capacity -1: .* Fix: give 0 or more"):
+        check(arguments(xmoe_min_capacity=-1, moe_expert_capacity_factor=1.0))
+
+
+def test_replayed_routes_are_not_scored():
+    with pytest.raises(UsageError, match="--xmoe-group-score max does not take --moe-enable-routing-replay"):
+        check(arguments(moe_enable_routing_replay=True, xmoe_group_score="max"))
