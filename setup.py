@@ -1,7 +1,7 @@
 """Packaging entry; the metadata is in pyproject.toml. Builds the compiled kernels, `megatron_xmoe._C`, where it can.
 
-XMOE_BUILD_EXT=auto (the default) builds what this machine can, and leaves the rest out with a reason; 1 makes a failure
-an error; 0 builds nothing. torch must be importable, so pip needs --no-build-isolation. No GPU is needed:
+XMOE_BUILD_EXT=auto (the default) builds what this machine can, and leaves the rest out with a reason; 1 makes a failed
+compilation an error; 0 builds nothing. torch must be importable, so pip needs --no-build-isolation. No GPU is needed:
 TORCH_CUDA_ARCH_LIST or PYTORCH_ROCM_ARCH say what to compile for, else the GPUs that are here, else a default.
 """
 
@@ -97,11 +97,14 @@ def gpu_archs(torch, kind: str, variable: str) -> str:
     if os.environ.get(variable):
         return os.environ[variable]
     found = set()
-    for device in range(torch.cuda.device_count()):
-        if kind == "HIP":
-            found.add(torch.cuda.get_device_properties(device).gcnArchName.split(":")[0])
-        else:
-            found.add("{}.{}".format(*torch.cuda.get_device_capability(device)))
+    try:
+        for device in range(torch.cuda.device_count()):
+            if kind == "HIP":
+                found.add(torch.cuda.get_device_properties(device).gcnArchName.split(":")[0])
+            else:
+                found.add("{}.{}".format(*torch.cuda.get_device_capability(device)))
+    except RuntimeError:  # devices are counted without the driver that would serve them
+        found.clear()
     return ";".join(sorted(found)) or DEFAULT_ARCHS[kind]
 
 
@@ -138,7 +141,8 @@ def find_toolkit(torch, torch_build) -> Toolkit:
     if kind == "HIP":
         archs = gpu_archs(torch, kind, "PYTORCH_ROCM_ARCH")
         defines = ["-DUSE_ROCM=1", "-D__HIP_PLATFORM_AMD__=1"]
-        flags = ["-fPIC", "-x", "hip", *defines, *(f"--offload-arch={arch}" for arch in re.split(r"[;, ]+", archs))]
+        targets = [f"--offload-arch={arch}" for arch in re.split(r"[;, ]+", archs)]
+        flags = ["-fPIC", "-x", "hip", "-ffp-contract=off", *defines, *targets]
         return Toolkit(f"HIP {version}", compiler, home, archs, flags, ["amdhip64"], defines)
     archs = gpu_archs(torch, kind, "TORCH_CUDA_ARCH_LIST")
     flags = ["-Xcompiler=-fPIC", "--threads=0", *cuda_flags(archs)]
@@ -146,7 +150,7 @@ def find_toolkit(torch, torch_build) -> Toolkit:
 
 
 def compile_device_code(toolkit: Toolkit, folder: Path) -> list[str]:
-    """Objects of every csrc/*.cu, compiled side by side unless they are newer than all sources.
+    """Objects of every csrc/*.cu, compiled side by side unless that was done with the same sources and compiler.
 
     The files know nothing of torch, so this takes seconds, and hipcc takes them as they are.
 
@@ -154,24 +158,24 @@ def compile_device_code(toolkit: Toolkit, folder: Path) -> list[str]:
         LeftOut: the compiler refuses one.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    newest = max(path.stat().st_mtime for path in (ROOT / "csrc").glob("*") if path.suffix in (".cu", ".h"))
+    headers = "".join(path.read_text() for path in sorted((ROOT / "csrc").glob("*.h")))
     running, objects = [], []
     for source in sorted((ROOT / "csrc").glob("*.cu")):
         target, stamp = folder / f"{source.stem}.o", folder / f"{source.stem}.command"
         command = [toolkit.compiler, "-O3", "-std=c++17", *toolkit.flags, "-c", str(source), "-o", str(target)]
         objects.append(str(target))
-        current = target.exists() and target.stat().st_mtime > newest and stamp.exists()
-        if current and stamp.read_text() == " ".join(command):
+        made_from = "\n".join([toolkit.name, " ".join(command), headers, source.read_text()])
+        if target.exists() and stamp.exists() and stamp.read_text() == made_from:
             continue
         stamp.unlink(missing_ok=True)
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        running.append((command, stamp, subprocess.Popen(command, **pipes)))
+        running.append((command, stamp, made_from, subprocess.Popen(command, **pipes)))
     failed = []
-    for command, stamp, process in running:
+    for command, stamp, made_from, process in running:
         output = process.communicate()[0]
         print(" ".join(command), output, sep="\n", flush=True)
         if process.returncode == 0:
-            stamp.write_text(" ".join(command))
+            stamp.write_text(made_from)
         else:
             failed.append(first_error(output))
     if failed:
@@ -265,10 +269,12 @@ def extension_and_command() -> dict:
         def build_or_leave_out(self, parts: str, left_out: str) -> None:
             built = Path(self.get_ext_fullpath(self.extensions[0].name))
             built.unlink(missing_ok=True)  # a failure must not leave what an earlier build made
+            self.extensions[0].optional = False  # else distutils would swallow a failure
             try:
                 with recorded_output() as output:
                     super().build_extensions()
             except Exception as error:
+                self.extensions[0].optional = mode() == "auto"  # nothing to put in place
                 if mode() == "1":
                     raise
                 say(f"compiled kernels left out: the C++ compiler failed: {first_error(output[0], error)}")

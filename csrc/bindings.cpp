@@ -93,7 +93,7 @@ void check_below(const Tensor& index, int64_t rows) {
 // The GPU keeps the counts of all experts (for merge_order, of all sources too) in fast memory.
 inline void check_experts(int64_t count) {
     TORCH_CHECK_VALUE(count <= xmoe::kMaxExperts, count, " experts (times sources); the GPU kernels take at most ",
-                      xmoe::kMaxExperts, ": use XMOE_KERNELS=reference");
+                      xmoe::kMaxExperts, ": pin the kernels triton or reference (--xmoe-kernels, XMOE_KERNELS)");
 }
 
 // Calls cpu() or, for a GPU's tensors, gpu(stream).

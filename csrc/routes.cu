@@ -102,7 +102,7 @@ struct Places {
 
 // Lanes of a warp with the same expert as this one.
 __device__ inline lane_mask lanes_alike(int expert, int bits) {
-    lane_mask alike = ~lane_mask(0);
+    lane_mask alike = ballot(true);  // a wave may have fewer lanes than the mask has bits
     for (int b = 0; b < bits; ++b) {
         const bool set = (expert >> b) & 1;
         const lane_mask with = ballot(set);
@@ -185,12 +185,14 @@ place_kernel(const I* __restrict__ ids, const int* __restrict__ counts, int64_t*
     places.clear_from(total, routes);
 }
 
-// Integers in the order of the weights; zero and minus zero are equal.
+// Integers in the order of the weights; zero and minus zero are equal, and every NaN is the largest.
 __device__ inline uint64_t order_key(double x) {
+    if (x != x) return ~uint64_t(0);
     const uint64_t bits = __double_as_longlong(x + 0.0);
     return bits >> 63 ? ~bits : bits | (uint64_t(1) << 63);
 }
 __device__ inline uint32_t order_key(float x) {
+    if (x != x) return ~uint32_t(0);
     const uint32_t bits = __float_as_uint(x + 0.0f);
     return bits >> 31 ? ~bits : bits | 0x80000000u;
 }

@@ -302,7 +302,7 @@ void spread_rows(const void* x, Index index, const void* owners, const void* wei
         const auto* factors = static_cast<const A*>(weights);
         auto *to = static_cast<E*>(out);
         auto* products = static_cast<A*>(dots);
-        for_wanted(weights, y, [&](auto scale, auto dot) {
+        for_wanted(weights, dots, [&](auto scale, auto dot) {
             constexpr bool kScale = decltype(scale)::value, kDot = decltype(dot)::value;
             auto any = [&] {
                 const int64_t blocks = ceil_div(T * K + ceil_div(R, 32), kLeastWarpsOf256);

@@ -2,7 +2,10 @@
 
 import hashlib
 import importlib
+import os
 import re
+import shutil
+import sysconfig
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -46,6 +49,18 @@ def apex_layer_norm() -> Availability:
     return probe("apex.normalization.fused_layer_norm")
 
 
+def triton() -> Availability:
+    """Triton, with what it needs when it compiles its launchers: a C compiler and Python's headers."""
+    found = probe("triton")
+    if not found.usable:
+        return found
+    if not any(map(shutil.which, filter(None, (os.environ.get("CC"), "gcc", "clang", "cc")))):
+        return Availability(found.name, False, "there is no C compiler, which it needs at run time")
+    if not (Path(sysconfig.get_path("include")) / "Python.h").exists():
+        return Availability(found.name, False, "Python.h is not there, which it needs at run time (python3-dev)")
+    return found
+
+
 def extension(device_type: str) -> Availability:
     """Our compiled kernels, `megatron_xmoe._C`. Args: device_type, torch's "cuda" (also for AMD) or "cpu"."""
     probe("torch")  # whose libraries the extension needs
@@ -56,6 +71,9 @@ def extension(device_type: str) -> Availability:
     sources = sources_digest(Path(__file__).resolve().parents[1])
     if sources and facts["sources"] != sources:
         return _unusable("built from other sources")
+    version = importlib.import_module("torch").__version__
+    if facts["torch"] != version:
+        return _unusable(f"built for torch {facts['torch']}, and this is {version}")
     if device_type == "cpu":
         return Availability(found.name, True, f"compiled kernels with {facts['cpu']}")
     if not facts["gpu"]:
@@ -69,7 +87,7 @@ def extension(device_type: str) -> Availability:
 def serves(archs: str, gpu: str) -> bool:
     """Whether code for `archs`, like "8.0;9.0+PTX" or "gfx90a;gfx942", runs on a `gpu` like "9.0" or "gfx90a"."""
     if gpu.startswith("gfx"):
-        return gpu in re.split("[;, ]+", archs)
+        return gpu in [arch.split(":")[0] for arch in re.split("[;, ]+", archs)]
     major, minor = map(int, gpu.split("."))
     for built_major, built_minor, special, ptx in re.findall(r"(\d+)\.(\d+)([af]?)(\+PTX)?", archs):
         built = int(built_major), int(built_minor)

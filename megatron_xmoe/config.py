@@ -14,10 +14,10 @@ class XMoEConfig:
     and sent (padding-free token buffers). Checkpoints move between the two in both directions."""
 
     xmoe_kernels: Literal["auto", "cpp", "triton", "reference"] = "auto"
-    """Implementation of routing and row movement. 'auto' takes the fastest one that can run here (or the one that the
-    environment variable XMOE_KERNELS names) and says at start-up which and why; a name pins one, and the run stops if
-    it cannot be used. 'cpp' is megatron_xmoe._C, compiled C++, CUDA or HIP; 'triton' needs a GPU; 'reference' is plain
-    torch and runs everywhere. `python -m megatron_xmoe.info` lists them."""
+    """Implementation of routing and row movement. 'auto' takes the first of cpp, triton and reference that can run here
+    (or the one that the environment variable XMOE_KERNELS names) and says at start-up which and why; a name pins one,
+    and the run stops if it cannot be used. 'cpp' is megatron_xmoe._C, compiled C++, CUDA or HIP; 'triton' needs a GPU;
+    'reference' is plain torch and runs everywhere. `python -m megatron_xmoe.info` lists them."""
 
     xmoe_min_capacity: int = 0
     """Smallest capacity of an expert, in routes of one rank's micro-batch, with --moe-expert-capacity-factor. The

@@ -8,7 +8,7 @@
 # made once, and completed again when constraints.txt, pyproject.toml or setup.py change. Returns 1, after one line on
 # standard error, when that is not possible. Then the compiled kernels, megatron_xmoe/_C*.so, are built, again when
 # csrc changes; where that is not possible, the reason is shown, and the rest works without them (XMOE_BUILD_EXT=0
-# leaves them out, 1 makes a failure an error). Bash only; nothing outside .venv, build and that file is changed.
+# builds nothing, 1 makes a failed compilation an error). Bash only; nothing outside .venv, build and that file is changed.
 
 _xmoe_root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P) || return 1
 _xmoe_venv=$_xmoe_root/.venv
@@ -254,7 +254,8 @@ _xmoe_kernels() {
     flock "$lock" 2> /dev/null || true # a file system without locks
     stamp=$folder/xmoe-kernels
     wanted=$(_xmoe_kernels_wanted 2> /dev/null)
-    if [[ ! -f $stamp || $(< "$stamp") != "$wanted" ]]; then
+    if [[ ! -f $stamp || $(< "$stamp") != "$wanted" ]] ||
+        { grep -q 'compiled kernels built' "$stamp.log" && ! compgen -G "$_xmoe_root/megatron_xmoe/_C*.so" > /dev/null; }; then
         _xmoe_say "building the compiled kernels (a minute or two, once)"
         rm -f -- "$stamp"
         (cd -- "$_xmoe_root" && "$PYTHON" setup.py build_ext --inplace) > "$stamp.log" 2>&1 < /dev/null || status=$?

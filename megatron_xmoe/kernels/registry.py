@@ -100,6 +100,11 @@ def _kernel(operation: str, device_type: str, pinned: str) -> Callable:
     return implementation(choose_kernels(pinned, device_type).name, operation)
 
 
+def triton_is_usable(device_type: str) -> bool:
+    """Whether Triton may compute what only it has a kernel for: it can run there, and plain torch was not asked for."""
+    return _pinned() != "reference" and _candidate("triton", device_type).usable
+
+
 def implementation(name: str, operation: str) -> Callable:
     """The function `operation` of backend `name`, whether or not it can run here."""
     modules = [import_module(f"megatron_xmoe.kernels.{part}") for part in _MODULES[name]]
@@ -118,13 +123,15 @@ def _candidate(name: str, device_type: str) -> Candidate:
         return Candidate(name, found.usable, found.reason)
     if device_type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         return Candidate(name, False, "Triton's kernels need a GPU (or TRITON_INTERPRET=1, its slow interpreter)")
-    found = _optional.probe("triton")
+    found = _optional.triton()
     return Candidate(name, found.usable, found.reason)
 
 
 def _check(name: str) -> None:
     if name not in ("auto", *PREFERENCE):
-        raise ValueError(f"kernels {name!r} are unknown; it must be auto or one of {', '.join(PREFERENCE)}")
+        raise ValueError(
+            f"--xmoe-kernels (or {ENVIRONMENT}) {name} is unknown; it must be auto or one of {', '.join(PREFERENCE)}"
+        )
 
 
 def _spoken(device_type: str) -> str:

@@ -182,7 +182,7 @@ def spread_kernel(
     program = tl.program_id(0)
     if program < programs:
         blocks = 1 if dots is not None else tl.cdiv(H, BLOCK)
-        parts = tl.cdiv(K, ROUTES)
+        parts = tl.cdiv(K, ROUTES) if K > 0 else 1
         first = program % blocks * BLOCK
         token = (program // blocks // parts).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
         route = program // blocks % parts * ROUTES + tl.arange(0, ROUTES)

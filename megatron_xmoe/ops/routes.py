@@ -9,6 +9,7 @@ from torch import Tensor
 from megatron_xmoe.kernels.registry import kernel
 
 Policy = Literal["probs", "position"]
+MOST_ROUTES = 2**31 - 2**18  # positions are int32, and kernels look past the last one
 
 
 @dataclass(frozen=True)
@@ -72,8 +73,8 @@ def build_routes(
         raise ValueError(f"capacity is {capacity}; it must be 0 or more, or None to keep all routes")
     if policy not in ("probs", "position"):
         raise ValueError(f"policy is {policy!r}; it must be 'probs' or 'position'")
-    if topk_ids.numel() >= 2**31:
-        raise ValueError(f"{topk_ids.numel()} routes; a rank can have at most 2^31 - 1: use smaller micro-batches")
+    if topk_ids.numel() > MOST_ROUTES:
+        raise ValueError(f"{topk_ids.numel()} routes; a rank can have at most {MOST_ROUTES}: use smaller micro-batches")
     limit, by_weight = -1 if capacity is None else capacity, policy == "probs"
     return Routes(*_BuildRoutes.apply(topk_ids.contiguous(), topk_weights.contiguous(), num_experts, limit, by_weight))
 

@@ -11,7 +11,7 @@ from megatron.training import get_args, print_rank_0
 
 from megatron_xmoe import _optional
 from megatron_xmoe.config import XMoEConfig
-from megatron_xmoe.kernels.registry import kernels_in_use
+from megatron_xmoe.kernels.registry import kernels_in_use, triton_is_usable
 from megatron_xmoe.ops.grouped_gemm import why_not_grouped_mm
 from megatron_xmoe.specs import uses_torch_attention
 from megatron_xmoe.version import __version__
@@ -68,9 +68,9 @@ def _backend(xmoe: XMoEConfig, args) -> str:
 
 def _experts(args) -> str:
     reason = why_not_grouped_mm(args.params_dtype, (args.hidden_size, args.moe_ffn_hidden_size))
-    if reason:
-        return f"grouped; matrix products by a loop over the local experts (grouped_mm: {reason})"
-    return "grouped; matrix products by torch's grouped_mm"
+    products = f"a loop over the local experts (grouped_mm: {reason})" if reason else "torch's grouped_mm"
+    fused = torch.cuda.is_available() and triton_is_usable("cuda")
+    return f"grouped; matrix products by {products}, activation by {'Triton' if fused else 'plain torch'}"
 
 
 def _attention(args) -> str:

@@ -148,6 +148,23 @@ def test_rows(backend, shape, dtype, index_dtype):
     assert_close(total, reference.sum_rows(wide[1], flat, wide[2].reshape(-1), offsets), tolerance)
 
 
+def test_choices_that_name_no_row_at_all(backend):
+    x, index = torch.randn(5, 64), torch.full((5, 3), -1, dtype=torch.int32)
+    empty, none = torch.zeros(0, 64), torch.zeros(0, dtype=torch.int32)
+    torch.full((1 << 20,), float("nan"), device="cuda")  # freed at once: memory that nothing wrote holds NaN
+    (rows, _), (dots, expected) = both(backend, "spread_rows", x, index, none, torch.ones(5, 3), empty)
+    assert rows.shape == (0, 64)
+    assert_same(dots, expected)
+
+
+def test_not_a_number_counts_as_the_largest_weight(backend):
+    weights = torch.tensor([0xFFC00000, 0x3F800000, 0x7FC00001, 0x7F800000, 0x7FC00000], dtype=torch.int64)
+    weights = weights.to(torch.int32).view(torch.float32).view(-1, 1)
+    for capacity in (1, 2, 3, 4):
+        found = backend("build_routes")(torch.zeros(5, 1, dtype=torch.int32).cuda(), weights.cuda(), 1, capacity, True)
+        assert found[0][:capacity].tolist() == sorted([0, 2, 4, 3][:capacity])
+
+
 def test_rows_that_are_not_aligned(backend):
     x = torch.randn(64 * 40 + 1, dtype=torch.float32).bfloat16()
     index = torch.randint(-1, 64, (30, 2), generator=torch.Generator().manual_seed(0))

@@ -5,6 +5,8 @@ import json
 import pytest
 from jobs import TOY, run_job, saved_tensors
 
+from megatron_xmoe.kernels.registry import choose_kernels
+
 RUN = "--train-iters 2 --expert-model-parallel-size 2".split()
 
 
@@ -14,7 +16,7 @@ def test_start_up_block(tmp_path):
     assert job.output.count("backend      xmoe (XMoELayer) for 12 experts, top-3") == 1  # on rank 0 only
     for part in (
         "dispatcher   alltoall",
-        "kernels      reference",
+        f"kernels      {choose_kernels('auto', 'cpu').name}: ",
         "nodes        1 with 2 process(es)",
         "groups       expert 2, rank 0 with [0, 1]",
         "--moe-token-dispatcher-type alltoall",

@@ -35,7 +35,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "__init__": ours("config", "version"),
     **dict.fromkeys(LEAVES, ()),
     "kernels": ("torch", "triton", *ours("_C", *LEAVES)),
-    "ops": ("torch", *ours("kernels", "_optional")),
+    "ops": ("torch", *ours("kernels")),
     "profiling": ("torch", *ours(*LEAVES)),
     "parallel_state": ("torch", "megatron.core", *ours(*LEAVES)),
     "metrics": ("torch", "megatron.core", *ours("parallel_state", "profiling", *LEAVES)),

@@ -7,6 +7,7 @@ import pytest
 import torch
 from tolerances import assert_close, assert_same
 
+from megatron_xmoe.kernels.registry import candidates
 from megatron_xmoe.ops import build_routes, build_routes_from_map, gather_rows, gather_sum
 
 # name -> (choices [T][K], number of experts); -1 is a choice not made
@@ -42,6 +43,12 @@ def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> to
     """Normal values, the same on every call."""
     generator = torch.Generator().manual_seed(seed + 1000 * len(shape) + sum(shape))
     return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+
+
+@pytest.fixture(autouse=True, params=[found.name for found in candidates("cpu") if found.usable])
+def backend(request, monkeypatch):
+    """Every test runs with each backend that this machine has for CPU tensors."""
+    monkeypatch.setenv("XMOE_KERNELS", request.param)
 
 
 @pytest.fixture
@@ -102,6 +109,35 @@ def test_combine_weights_and_their_gradient(name):
 
     grad = random(count, seed=1)
     (found,) = torch.autograd.grad(combine_weights, weights, grad)
+    by_hand = torch.zeros_like(weights)
+    for position, place in enumerate(zip(expected.token_ids, expected.slots, strict=True)):
+        by_hand[place] = grad[position]
+    assert_same(found, by_hand)
+
+
+@pytest.mark.parametrize("by_weight", [True, False], ids=["probs", "position"])
+@pytest.mark.parametrize("capacity", [0, 1, 2, 100])
+@pytest.mark.parametrize("name", CHOICES)
+def test_capacity_keeps_the_heaviest_or_the_earliest(name, capacity, by_weight):
+    ids, num_experts = choices(name)
+    weights = torch.randint(-2, 3, ids.shape, generator=torch.Generator().manual_seed(3)) / 2  # with ties
+    kept = ids.tolist()
+    for expert in range(num_experts):
+        places = [(t, k) for t, row in enumerate(ids.tolist()) for k, choice in enumerate(row) if choice == expert]
+        if by_weight:
+            places.sort(key=lambda place: -weights[place].item())  # stable: the earliest first among equals
+        for t, k in places[capacity:]:
+            kept[t][k] = -1
+    expected = oracles.routes(kept, num_experts)
+    count = len(expected.token_ids)
+    leaf = weights.clone().requires_grad_()
+    routes = build_routes(ids, leaf, num_experts, capacity, "probs" if by_weight else "position")
+    assert routes.tokens_per_expert.tolist() == expected.tokens_per_expert
+    assert routes.token_ids.tolist() == expected.token_ids + [-1] * (ids.numel() - count)
+    assert routes.expert_ids[:count].tolist() == expected.expert_ids
+    assert routes.inverse.tolist() == expected.inverse
+    grad = random(ids.numel(), seed=1)
+    (found,) = torch.autograd.grad(routes.combine_weights, leaf, grad)
     by_hand = torch.zeros_like(weights)
     for position, place in enumerate(zip(expected.token_ids, expected.slots, strict=True)):
         by_hand[place] = grad[position]
