@@ -228,7 +228,7 @@ UNRELATED = frozenset(
 _UPCYCLING = Refusal(
     "Megatron-Core 0.19's own upcycling fails in its training loop (load_checkpoint has no argument 'model', and the "
     "dense model is built with experts)",
-    "upcycle with another version of Megatron-LM and load the result",
+    "make the checkpoint with tools/convert_checkpoint.py upcycle, and load that",
 )
 _PACKED = "packed sequences need Transformer Engine's attention"
 
