@@ -46,7 +46,8 @@ def xmoe_decoder_block_spec(config, vp_stage: int | None = None) -> TransformerB
         qk_l2_norm=config.qk_l2_norm,
         vp_stage=vp_stage,
     )
-    return substitute(spec, substitutions(config, XMoEConfig(moe_backend="xmoe")))
+    spec = substitute(spec, substitutions(config, XMoEConfig(moe_backend="xmoe")))
+    return with_query_key_norms(spec, config, all_heads=False)
 
 
 def substitutions(config: TransformerConfig, xmoe: XMoEConfig) -> dict[type, Any]:

@@ -84,6 +84,8 @@ def logits(args: argparse.Namespace) -> None:
 
     if args.out.exists():
         raise UserError(f"{args.out} exists. Fix: choose another name, or remove it first")
+    if not args.out.resolve().parent.is_dir():
+        raise UserError(f"{args.out.resolve().parent} is not a folder: the output goes there. Fix: make it first")
     tokens = load_tokens(args.tokens)
     words, vocabulary = checkpoint_arguments(args.megatron)
     if int(tokens.max()) >= vocabulary:
@@ -147,12 +149,13 @@ def parser() -> argparse.ArgumentParser:
             added.add_argument(f"--{folder}", required=True, type=Path, metavar="DIR", help=text)
         return added
 
-    new = "output; must not exist"
+    new = "output; must not exist, or be empty"
     convert = command("hf-to-megatron", hf_to_megatron, hf="checkpoint with safetensors shards", megatron=new)
     _conversion_options(convert, to_megatron=True)
     convert = command("megatron-to-hf", megatron_to_hf, megatron="torch_dist checkpoint of any layout", hf=new)
     _conversion_options(convert, to_megatron=False)
-    convert.add_argument("--hf-config", type=Path, metavar="DIR", help="configuration (default: of the conversion)")
+    text = "config.json or its folder (default: hf/ of a conversion)"
+    convert.add_argument("--hf-config", type=Path, metavar="DIR|FILE", help=text)
     convert.add_argument("--shard-size", type=positive_number(float), default=5, metavar="GB", help="default: 5")
     convert = command("xmoe-to-megatron", xmoe_to_megatron, xmoe="folder with mp_rank and expert files", megatron=new)
     _conversion_options(convert, to_megatron=True)

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from megatron_xmoe.checkpoint.families import Family, load_config
 from megatron_xmoe.checkpoint.families.base import spell_out
-from megatron_xmoe.checkpoint.hf import HFReader, Output, read_json, write_shards
+from megatron_xmoe.checkpoint.hf import HFReader, Output, read_json, side_files, write_shards
 from megatron_xmoe.checkpoint.names import (
     MODEL_ARGUMENTS,
+    NOT_SERVED,
     ConversionError,
     Model,
     command_line,
@@ -22,8 +23,9 @@ from megatron_xmoe.checkpoint.names import (
     few,
 )
 from megatron_xmoe.checkpoint.report import Report, check_new, new_folder
+from megatron_xmoe.checkpoint.saved import check_frequencies
 from megatron_xmoe.checkpoint.torch_dist import Piece, TorchDistReader, write_checkpoint
-from megatron_xmoe.checkpoint.views import HF_FOLDER, RECORD, MegatronAsHF, bits, predictions_in
+from megatron_xmoe.checkpoint.views import HF_FOLDER, RECORD, MegatronAsHF, bits, cast, predictions_in
 
 ARGUMENTS = "megatron_args.txt"  # beside the checkpoint: what rebuilds its model
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -69,14 +71,25 @@ def model_of_hf(source: HFReader, implementation: str) -> tuple[Family, Model]:
     expected = {name: shape for rule in model.rules for name, shape in zip(rule.sources, rule.shapes, strict=True)}
     expected |= {copy: expected[of] for copy, of in model.aliases.items()}
     if missing := [name for name in expected if name not in names]:
-        raise ConversionError(f"{source.directory} lacks {few(missing)}, which {family.name} needs")
+        raise ConversionError(
+            f"{source.directory} lacks {few(missing)}, which {family.name} with this config.json needs"
+        )
     if unmatched := sorted(names - expected.keys() - derived(names)):
-        raise ConversionError(f"{source.directory} holds {few(unmatched)}, which no line of {family.name} matches")
+        raise ConversionError(
+            f"{source.directory} holds {few(unmatched)}, which nothing in {family.name} with this config.json matches"
+        )
     for name, shape in expected.items():
         if source.shape(name) != shape:
             raise ConversionError(
                 f"{source.directory}: {name} has the shape {source.shape(name)}; config.json leads to {shape}"
             )
+    for copy, of in model.aliases.items():
+        if not torch.equal(bits(source.read(copy)), bits(source.read(of))):
+            raise ConversionError(f"{source.directory}: {copy} and {of} differ; the model has one tensor for both")
+    arguments = model.arguments
+    for name in derived(names):
+        size = arguments["qk_pos_emb_head_dim"] if family.latent else arguments["kv_channels"]
+        check_frequencies(name, source.read(name), arguments["rotary_base"], size)
     return family, model
 
 
@@ -95,9 +108,6 @@ def hf_to_megatron(hf: Path, megatron: Path, options: Options) -> Report:
         check_new(megatron)
     source = HFReader(hf)
     family, model = model_of_hf(source, options.implementation)
-    for copy, of in model.aliases.items():
-        if not torch.equal(bits(source.read(copy)), bits(source.read(of))):
-            raise ConversionError(f"{hf}: {copy} and {of} differ; the model has one tensor for both")
     report = Report(f"{family.name}: HuggingFace -> Megatron", options.dry_run)
     pieces = list(_pieces(source, model, options, report))
     arguments = model.arguments | precision(pieces) | implementation(options)
@@ -106,12 +116,14 @@ def hf_to_megatron(hf: Path, megatron: Path, options: Options) -> Report:
     if frequencies := derived(set(source.names())):
         report.notes.append(f"{len(frequencies)} left out: frequencies of the rotary positions follow from the base")
     if model.aliases:
-        report.count_read(sum(source.tensors[name].nbytes for name in model.aliases), len(model.aliases))
+        for name in model.aliases:
+            report.count_read(*source.stored(name))
         report.notes.append(f"{len(model.aliases)} second copies, equal to the first: {few(model.aliases)}")
     if options.dry_run:
         return _count_only(report, source, model, pieces)
     size = sum(piece.nbytes for piece in pieces)
-    with new_folder(megatron, size + SLACK_BYTES) as folder, report.progress(size):
+    total = sum(source.stored(name)[0] for rule in model.rules for name in rule.sources)
+    with new_folder(megatron, size + SLACK_BYTES) as folder, report.progress(total):
         write_checkpoint(folder, pieces, extra_states(rule.slot for rule in model.rules), arguments)
         _write_side_files(folder, source, model, arguments, megatron, options)
         if options.verify:
@@ -133,8 +145,10 @@ def _pieces(source: HFReader, model: Model, options: Options, report: Report) ->
 
         def make(rule=rule, dtype=dtype) -> Tensor:
             parts = [source.read(name) for name in rule.sources]
-            report.count_read(sum(source.tensors[name].nbytes for name in rule.sources), len(parts))
-            result = rule.join([part.to(dtype) for part in parts], model.dims)
+            for name in rule.sources:
+                report.count_read(*source.stored(name))
+            cast_parts = [cast(part, dtype, name) for part, name in zip(parts, rule.sources, strict=True)]
+            result = rule.join(cast_parts, model.dims)
             report.count_written(result.nbytes, rule.transform.name)
             return result
 
@@ -144,7 +158,8 @@ def _pieces(source: HFReader, model: Model, options: Options, report: Report) ->
 
 def _count_only(report: Report, source: HFReader, model: Model, pieces: list[Piece]) -> Report:
     for rule, piece in zip(model.rules, pieces, strict=True):
-        report.count_read(sum(source.tensors[name].nbytes for name in rule.sources), len(rule.sources))
+        for name in rule.sources:
+            report.count_read(*source.stored(name))
         report.count_written(piece.nbytes, rule.transform.name)
     return report
 
@@ -213,11 +228,16 @@ def saved_arguments(megatron: Path, reader: TorchDistReader) -> dict[str, object
     """What the arguments that a checkpoint was saved with say about its model.
 
     Raises:
-        ConversionError: it has none.
+        ConversionError: it has none, or says of the model what is not served.
     """
     saved = vars(reader.common().get("args", Namespace()))
     if "num_layers" not in saved:
         raise ConversionError(f"{megatron} does not hold the arguments that it was saved with")
+    for name, plain in NOT_SERVED.items():
+        if saved.get(name) not in (None, plain):
+            raise ConversionError(
+                f"{megatron} was saved with {name} {saved[name]}; models with {plain} are served here"
+            )
     return {name: saved[name] for name in MODEL_ARGUMENTS if name in saved}
 
 
@@ -236,7 +256,7 @@ def verify_megatron(folder: Path, source: HFReader, model: Model, options: Optio
         stored = target.read(slot.key, slot.offsets, slot.sizes).reshape(slot.shape)
         for name, part in zip(rule.sources, rule.split(stored, model.dims), strict=True):
             wanted = source.read(name)
-            if not torch.equal(bits(part), bits(wanted.to(options.dtype_of(slot.key, wanted.dtype)))):
+            if not torch.equal(bits(part), bits(cast(wanted, options.dtype_of(slot.key, wanted.dtype), name))):
                 raise ConversionError(f"verification: {slot} does not hold the values of {name}")
     report.notes.append(f"verified: {len(model.rules)} slices were read again and hold the source's bits")
 
@@ -251,6 +271,7 @@ def megatron_to_hf(megatron: Path, hf: Path, options: Options, hf_config: Path |
         check_new(hf)
     source = MegatronAsHF(megatron, hf_config)
     report = Report(f"{source.family.name}: Megatron -> HuggingFace", options.dry_run)
+    report.notes.append(f"configuration: {source.config_path}")
     outputs = {
         name: Output(options.dtype_of(source.rules[source.copies.get(name, name)][0].slot.key, source.dtype(name)),
                      source.shape(name))
@@ -263,28 +284,35 @@ def megatron_to_hf(megatron: Path, hf: Path, options: Options, hf_config: Path |
         return report
     size = sum(output.nbytes for output in outputs.values())
 
+    def stored_bytes(name: str) -> int:
+        return torch.Size(outputs[name].shape).numel() * source.dtype(name).itemsize
+
     def tensors() -> Iterator[tuple[str, Tensor]]:
         for name, output in outputs.items():
-            yield name, source.read(name).to(output.dtype)
+            yield name, cast(source.read(name), output.dtype, name)
             report.count_written(output.nbytes, _transform_name(source, name))
-            report.bar.update(output.nbytes)
+            report.bar.update(stored_bytes(name))
 
-    with new_folder(hf, size + SLACK_BYTES) as folder, report.progress(size):
-        write_shards(folder, outputs, tensors(), options.shard_bytes)
-        for path in source.config_folder.iterdir():
+    total = sum(map(stored_bytes, outputs))
+    with new_folder(hf, size + SLACK_BYTES) as folder, report.progress(total):
+        for path in side_files(source.config_path.parent):  # first, so that nothing can take the place of a shard
             shutil.copyfile(path, folder / path.name)
-        _set_config_dtype(folder, options)
+        shutil.copyfile(source.config_path, folder / "config.json")
+        _adapt_config(folder, options)
+        write_shards(folder, outputs, tensors(), options.shard_bytes)
         if options.verify:
             verify_hf(folder, source, outputs, report)
     return report
 
 
-def _set_config_dtype(folder: Path, options: Options) -> None:
+def _adapt_config(folder: Path, options: Options) -> None:
+    """The configuration says what was written: another data type, and no quantisation."""
     path = folder / "config.json"
-    config = read_json(path)
-    names = [name for name in ("dtype", "torch_dtype") if name in config]
-    if options.dtype is not None and any(config[name] != CONFIG_NAMES[options.dtype] for name in names):
-        config |= dict.fromkeys(names, CONFIG_NAMES[options.dtype])
+    before = read_json(path)
+    config = {name: value for name, value in before.items() if name != "quantization_config"}
+    if options.dtype is not None:
+        config |= {name: CONFIG_NAMES[options.dtype] for name in ("dtype", "torch_dtype") if name in config}
+    if config != before:
         path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
@@ -310,6 +338,6 @@ def verify_hf(folder: Path, source: MegatronAsHF, outputs: dict[str, Output], re
     if set(target.names()) != set(outputs):
         raise ConversionError(f"verification: {few(sorted(set(target.names()) ^ set(outputs)))} missing or too many")
     for name, output in outputs.items():
-        if not torch.equal(bits(target.read(name)), bits(source.read(name).to(output.dtype))):
+        if not torch.equal(bits(target.read(name)), bits(cast(source.read(name), output.dtype, name))):
             raise ConversionError(f"verification: {name} does not hold the values of the source")
     report.notes.append(f"verified: {len(outputs)} tensors were read again and hold the source's bits")

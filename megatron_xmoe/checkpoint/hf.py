@@ -124,6 +124,8 @@ class HFReader:
                 scale = name + SCALE
                 if scale not in self.tensors:
                     raise ConversionError(f"{self.directory}: {name} is quantised, and its scales {scale} are missing")
+                if len(item.shape) != 2:
+                    raise ConversionError(f"{self.directory}: {name} is quantised and no matrix: {item.shape}")
                 expected = tuple(-(-n // b) for n, b in zip(item.shape, self.block, strict=True))
                 if self.tensors[scale].shape != expected:
                     raise ConversionError(
@@ -146,6 +148,11 @@ class HFReader:
         """Names of the tensors as they appear, scales left out."""
         scales = set(self.scales.values())
         return [name for name in self.tensors if name not in scales]
+
+    def stored(self, name: str) -> tuple[int, int]:
+        """Bytes and number of the stored tensors that a tensor is read from: itself, and its scales."""
+        own = [name, self.scales[name]] if name in self.scales else [name]
+        return sum(self.tensors[each].nbytes for each in own), len(own)
 
     def shape(self, name: str) -> Shape:
         """Shape of a tensor."""
@@ -184,7 +191,12 @@ class HFReader:
 
     def side_files(self) -> list[Path]:
         """Configuration and tokenizer, which go along with the tensors."""
-        return sorted(path for path in self.directory.iterdir() if SIDE_FILES.match(path.name) and path.is_file())
+        return side_files(self.directory)
+
+
+def side_files(directory: Path) -> list[Path]:
+    """Files of a folder that belong to a checkpoint beside its tensors: configuration, tokenizer, never the tensors."""
+    return sorted(path for path in directory.iterdir() if SIDE_FILES.match(path.name) and path.is_file())
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import groupby
 
 from torch import Tensor
 
@@ -189,14 +190,26 @@ def extra_states(slots: Iterable[Slot]) -> list[str]:
 MODEL_ARGUMENTS = """
     num_layers hidden_size ffn_hidden_size num_attention_heads kv_channels group_query_attention num_query_groups
     max_position_embeddings seq_length padded_vocab_size position_embedding_type rotary_base rotary_percent rope_type
-    rotary_scaling_factor mscale mscale_all_dim swiglu squared_relu normalization layernorm_epsilon add_bias_linear
-    add_qkv_bias qk_layernorm untie_embeddings_and_output_weights attention_dropout hidden_dropout init_method_std
+    rotary_scaling_factor mscale mscale_all_dim rotary_interleaved use_rope_scaling swiglu squared_relu quick_geglu
+    normalization layernorm_epsilon add_bias_linear add_qkv_bias qk_layernorm qk_l2_norm
+    untie_embeddings_and_output_weights attention_dropout hidden_dropout init_method_std
     multi_latent_attention q_lora_rank kv_lora_rank qk_head_dim qk_pos_emb_head_dim v_head_dim
     moe_backend num_experts moe_ffn_hidden_size moe_layer_freq moe_router_topk moe_router_pre_softmax
     moe_router_score_function moe_router_enable_expert_bias moe_router_topk_scaling_factor moe_router_num_groups
     moe_router_group_topk moe_router_dtype moe_shared_expert_intermediate_size moe_shared_expert_gate mtp_num_layers
-    xmoe_combine_weights xmoe_group_score xmoe_qk_norm transformer_impl bf16 fp16
+    moe_apply_probs_on_input moe_expert_capacity_factor moe_pad_expert_input_to_capacity moe_token_drop_policy
+    xmoe_min_capacity xmoe_combine_weights xmoe_group_score xmoe_qk_norm transformer_impl bf16 fp16
 """.split()
+
+# What changes a model and is not carried over -> the value that does not.
+NOT_SERVED: dict[str, object] = {
+    "window_size": None,
+    "softmax_type": "vanilla",
+    "attention_output_gate": False,
+    "apply_layernorm_1p": False,
+    "layernorm_zero_centered_gamma": False,
+    "rotary_seq_len_interpolation_factor": None,
+}
 
 # Options that the command line spells otherwise than their destination.
 _SPELLINGS = {"layernorm_epsilon": "--norm-epsilon"}
@@ -212,9 +225,14 @@ def command_line(arguments: Mapping[str, object]) -> list[str]:
         elif value is True:
             words.append(f"--{name.replace('_', '-')}")
         elif value is not None and value is not False:
-            text = "[" + ",".join(map(str, value)) + "]" if isinstance(value, list) else str(value)
+            text = _pattern(value) if isinstance(value, list) else str(value)
             words += [_SPELLINGS.get(name, f"--{name.replace('_', '-')}"), text]
     return words
+
+
+def _pattern(values: list[int]) -> str:
+    """([0]*1+[1]*26): unlike [0,1,1], no name of a file that a shell could put in its place."""
+    return "(" + "+".join(f"[{value}]*{len(list(run))}" for value, run in groupby(values)) + ")"
 
 
 def few(names: Iterable[str], limit: int = 5) -> str:

@@ -24,7 +24,6 @@ class Report:
     written: int = 0
     written_bytes: int = 0
     transformed: dict[str, int] = field(default_factory=dict)
-    unmatched: int = 0
     notes: list[str] = field(default_factory=list)
     bar: tqdm | None = None
 
@@ -55,7 +54,6 @@ class Report:
             f"  {'read':<34}{self.read:>10}{self.read_bytes:>18}",
             f"  {verb:<34}{self.written:>10}{self.written_bytes:>18}",
             *(f"    {name:<32}{count:>10}" for name, count in sorted(self.transformed.items())),
-            f"  {'unmatched':<34}{self.unmatched:>10}",
             *(f"  note: {note}" for note in self.notes),
         ]
         return "\n".join(lines)

@@ -26,7 +26,7 @@ from megatron_xmoe.checkpoint.hf import HFReader
 from megatron_xmoe.checkpoint.names import ConversionError, Slot, command_line, extra_states, few, norm_prefix
 from megatron_xmoe.checkpoint.report import Report, check_new, new_folder
 from megatron_xmoe.checkpoint.torch_dist import Piece, TorchDistReader, write_checkpoint
-from megatron_xmoe.checkpoint.views import bits
+from megatron_xmoe.checkpoint.views import bits, cast
 
 Placed = Iterator[tuple[Slot, Piece]]
 FC1, FC2 = "mlp.linear_fc1.weight", "mlp.linear_fc2.weight"
@@ -88,12 +88,13 @@ def upcycle(dense: Path, megatron: Path, experts: Experts, options: Options) -> 
     pieces = [piece for _, piece in placed]
     arguments |= precision(pieces) | implementation(options)
     size = sum(piece.nbytes for piece in pieces)
+    stored = [torch.Size(item.slot.shape).numel() * item.dtype.itemsize for item in slices]
     if options.dry_run:
-        for item in slices:
-            report.count_read(torch.Size(item.slot.shape).numel() * item.dtype.itemsize)
+        for nbytes in stored:
+            report.count_read(nbytes)
         report.count_written(size, "copy or cut", len(pieces))
         return report
-    with new_folder(megatron, size + SLACK_BYTES) as folder, report.progress(size):
+    with new_folder(megatron, size + SLACK_BYTES) as folder, report.progress(sum(stored)):
         write_checkpoint(folder, pieces, extra_states(slot for slot, _ in placed), arguments)
         write_arguments(folder, command_line(arguments))
         if options.verify:
@@ -107,7 +108,7 @@ def _of_hf(dense: Path, options: Options) -> tuple[list[_Dense], dict]:
 
     def part(rule) -> _Dense:
         dtype = source.dtype(rule.sources[0])
-        read = lambda: rule.join([source.read(name).to(dtype) for name in rule.sources], model.dims)  # noqa: E731
+        read = lambda: rule.join([cast(source.read(name), dtype, name) for name in rule.sources], model.dims)  # noqa: E731
         return _Dense(rule.slot, dtype, read)
 
     return [part(rule) for rule in model.rules], model.arguments
@@ -120,8 +121,11 @@ def _of_megatron(dense: Path, options: Options) -> tuple[list[_Dense], dict]:
         raise ConversionError(
             f"{dense} was saved with --transformer-impl {arguments.get('transformer_impl')}. Fix: give the same here"
         )
+    keys = reader.model_keys()
+    if biases := [key for key in keys if key.endswith(("linear_fc1.bias", "linear_fc2.bias"))]:
+        raise ConversionError(f"{dense} has {few(biases)}; experts here have no biases (--disable-bias-linear)")
     parts = []
-    for key in reader.model_keys():
+    for key in keys:
         shape, stacked = reader.shape(key), key.startswith("decoder.layers.") and not key.split(".")[2].isdigit()
         for place in [(layer,) for layer in range(shape[0])] if stacked else [()]:
             slot = Slot(key, place, shape[: len(place)], shape[len(place) :])
@@ -173,9 +177,10 @@ def _piece(
     slot: Slot, dtype: torch.dtype, read: Callable[[], Tensor], written: Written, what: str = "copy"
 ) -> tuple[Slot, Piece]:
     def make() -> Tensor:
-        tensor = read().to(dtype)
+        source = read()
         if what == "copy":
-            written.report.count_read(tensor.nbytes)
+            written.report.count_read(source.nbytes)
+        tensor = cast(source, dtype, str(slot))
         written.report.count_written(tensor.nbytes, what)
         written.digests[slot.key, slot.offsets] = digest(tensor)
         return tensor

@@ -1,5 +1,6 @@
 """A Megatron checkpoint seen under HuggingFace's names."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from megatron_xmoe.checkpoint.families import Config, load_config
 from megatron_xmoe.checkpoint.families.base import spell_out
 from megatron_xmoe.checkpoint.hf import read_json
 from megatron_xmoe.checkpoint.names import IMPLEMENTATIONS, ConversionError, Model, Rule, few
+from megatron_xmoe.checkpoint.saved import compare_with_saved
 from megatron_xmoe.checkpoint.torch_dist import TorchDistReader
 
 HF_FOLDER = "hf"  # beside a converted checkpoint: the configuration and tokenizer of its source
@@ -34,6 +36,24 @@ def bits(tensor: Tensor) -> Tensor:
     return tensor.contiguous().view(kinds[tensor.dtype.itemsize])
 
 
+def cast(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    """Values in another data type.
+
+    Args: name, for the error.
+
+    Raises:
+        ConversionError: a finite value would become infinite.
+    """
+    result = tensor.to(dtype)
+    if dtype != tensor.dtype and dtype.is_floating_point and bool((result.isinf() & tensor.isfinite()).any()):
+        largest = tensor.abs().nan_to_num(posinf=0).max().item()
+        raise ConversionError(
+            f"{name} holds {largest:.4g}, which is infinite in {str(dtype).removeprefix('torch.')}. Fix: choose "
+            "another --dtype"
+        )
+    return result
+
+
 class MegatronAsHF:
     """A Megatron checkpoint under HuggingFace's names, for conversion and comparison."""
 
@@ -46,18 +66,21 @@ class MegatronAsHF:
             ConversionError: no config, or tensors that it does not lead to.
         """
         self.reader = TorchDistReader(megatron)
-        beside = [folder / HF_FOLDER for folder in (megatron, megatron.parent) if (folder / HF_FOLDER).is_dir()]
-        folder = hf_config or next(iter(beside), None)
+        # the parent belongs to the checkpoint only if one of its iterations was given, not the checkpoint itself
+        given = megatron.resolve()
+        home = given.parent if re.fullmatch(r"release|iter_\d+", given.name) else megatron
+        folder = hf_config or (home / HF_FOLDER if (home / HF_FOLDER).is_dir() else None)
         if folder is None:
             raise ConversionError(
                 f"{megatron} brings no HuggingFace configuration ({HF_FOLDER}/config.json). Fix: give --hf-config DIR"
             )
-        path = folder / "config.json" if folder.is_dir() else folder
-        self.config_folder, self.config = path.parent, read_json(path)
-        self.family, config = load_config(self.config, str(path))
+        self.config_path = folder / "config.json" if folder.is_dir() else folder
+        self.config = read_json(self.config_path)
+        self.family, config = load_config(self.config, str(self.config_path))
         self.model = self._model(config)
+        compare_with_saved(self.model.arguments, self.reader, self.config_path)
         self._check()
-        record = megatron / RECORD
+        record = home / RECORD
         copies = read_json(record).get("copies", {}) if record.is_file() else self._usual_copies()
         self.copies = {copy: of for copy, of in self.model.aliases.items() if copy in copies}
         self.rules = {name: (rule, i) for rule in self.model.rules for i, name in enumerate(rule.sources)}

@@ -23,8 +23,9 @@ from megatron_xmoe.checkpoint.deepspeed_xmoe import (
 )
 from megatron_xmoe.checkpoint.names import ConversionError, Slot, command_line, extra_states, few
 from megatron_xmoe.checkpoint.report import Report, check_new, new_folder
+from megatron_xmoe.checkpoint.saved import check_frequencies
 from megatron_xmoe.checkpoint.torch_dist import Piece, TorchDistReader, write_checkpoint
-from megatron_xmoe.checkpoint.views import bits
+from megatron_xmoe.checkpoint.views import bits, cast
 
 
 @dataclass
@@ -64,11 +65,12 @@ def xmoe_to_megatron(
     arguments = _arguments(reader, plan, heads, topk) | precision(pieces) | implementation(options)
     if options.dry_run:
         for part, piece in zip(plan.parts, pieces, strict=True):
-            report.count_read(piece.nbytes, part.sources)
+            report.count_read(slot_bytes(part.slot, part.dtype), part.sources)
             report.count_written(piece.nbytes, "copy" if part.sources == 1 else "ranks joined")
         return report
     size = sum(piece.nbytes for piece in pieces)
-    with new_folder(megatron, size + SLACK_BYTES) as folder, report.progress(size):
+    total = sum(slot_bytes(part.slot, part.dtype) for part in plan.parts)
+    with new_folder(megatron, size + SLACK_BYTES) as folder, report.progress(total):
         write_checkpoint(folder, pieces, extra_states(part.slot for part in plan.parts), arguments)
         write_arguments(folder, command_line(arguments))
         if options.verify:
@@ -83,7 +85,7 @@ def _piece(part: Part, options: Options, report: Report) -> Piece:
         tensor = part.read()
         report.count_read(tensor.nbytes, part.sources)
         report.count_written(slot_bytes(slot, dtype), "copy" if part.sources == 1 else "ranks joined")
-        return tensor.to(dtype)
+        return cast(tensor, dtype, str(slot))
 
     return Piece(slot.key, slot.offsets, slot.sizes, slot.global_shape, dtype, make)
 
@@ -97,7 +99,7 @@ def _verify(folder: Path, parts: list[Part], options: Options, report: Report) -
     target = TorchDistReader(folder)
     for part in parts:
         stored = target.read(part.slot.key, part.slot.offsets, part.slot.sizes).reshape(part.slot.shape)
-        wanted = part.read().to(options.dtype_of(part.slot.key, part.dtype))
+        wanted = cast(part.read(), options.dtype_of(part.slot.key, part.dtype), str(part.slot))
         if not torch.equal(bits(stored), bits(wanted)):
             raise ConversionError(f"verification: {part.slot} does not hold the values of the source")
     report.notes.append(f"verified: {len(parts)} slices were read again and hold the source's bits")
@@ -237,6 +239,7 @@ def _arguments(reader: XMoEReader, plan: _Plan, heads: int | None, topk: int | N
         ConversionError: the number of heads or of experts per token is not known.
     """
     saved = vars(reader.args)
+    _check_saved(reader, saved)
     heads = heads or saved.get("num_attention_heads")
     topk = topk or saved.get("topk") or saved.get("moe_router_topk")
     if not heads or (reader.expert_layers and not topk):
@@ -270,7 +273,27 @@ def _arguments(reader: XMoEReader, plan: _Plan, heads: int | None, topk: int | N
     groups = saved.get("num_key_value_heads") or heads
     if groups != heads:
         arguments.update(group_query_attention=True, num_query_groups=groups)
+    if not positions:
+        arguments["rotary_base"] = int(saved.get("rotary_base") or saved.get("rope_theta") or 10000)
+        arguments["rotary_percent"] = saved.get("rotary_percent") or 1.0
+        rotated = int(hidden // heads * arguments["rotary_percent"])
+        for name in filter(DERIVED.search, reader.shared[0]):
+            check_frequencies(name, reader.shared[0][name], arguments["rotary_base"], rotated)
     return arguments | _feed_forward(reader, slots, layers, topk)
+
+
+def _check_saved(reader: XMoEReader, saved: dict[str, object]) -> None:
+    """Raises ConversionError for what the arguments say and Megatron-Core's model would compute differently."""
+    if saved.get("apply_layernorm_1p"):
+        raise ConversionError(
+            f"{reader.directory} was saved with apply_layernorm_1p; norms that add one are not served"
+        )
+    version = reader.states[0].get("checkpoint_version")
+    if isinstance(version, int | float) and version < 2:
+        raise ConversionError(
+            f"{reader.directory} has checkpoint_version {version}, which orders queries, keys and values otherwise; "
+            "2 and later are converted"
+        )
 
 
 def _feed_forward(reader: XMoEReader, slots: dict[str, Slot], layers: int, topk: int | None) -> dict[str, object]:
@@ -282,16 +305,20 @@ def _feed_forward(reader: XMoEReader, slots: dict[str, Slot], layers: int, topk:
     second = expert or dense
     arguments: dict[str, object] = {"ffn_hidden_size": (dense or expert).shape[1]}
     arguments["swiglu"] = first.shape[0] == 2 * second.shape[1]
+    if getattr(reader.args, "squared_relu", False):
+        arguments["squared_relu"] = True
     if expert:
+        pft = any(getattr(reader.args, name, False) for name in ("use_uneven_all_to_all", "use_pft"))
         arguments |= {
             "moe_backend": "xmoe",
             "num_experts": reader.num_experts,
             "moe_ffn_hidden_size": expert.shape[1],
             "moe_router_topk": topk,
-            "moe_router_pre_softmax": True,
+            # DeepSpeed's gate of two and more divides by the sum of the chosen, which is softmax over them alone
+            "moe_router_pre_softmax": pft or topk == 1,
             "moe_router_dtype": "fp32",
         }
-        if any(getattr(reader.args, name, False) for name in ("use_uneven_all_to_all", "use_pft")):
+        if pft:
             arguments["xmoe_combine_weights"] = "logits"  # what X-MoE's own gate does, and the model was trained with
         pattern = [int(layer in reader.expert_layers) for layer in range(layers)]
         if not all(pattern):

@@ -36,6 +36,9 @@ def check_options(args: argparse.Namespace, defaults: dict[str, object]) -> None
         if not limit.served(args):
             _refuse(name, args, Refusal(limit.rule, limit.way_out), "--moe-backend xmoe")
     _check_capacity(args)
+    if args.moe_input_jitter_eps and args.xmoe_combine_weights == "logits":
+        refusal = Refusal("the logits are computed once more, without the jitter", "leave one of them out")
+        _refuse("moe_input_jitter_eps", args, refusal, "--xmoe-combine-weights logits")
     if args.moe_enable_routing_replay and args.xmoe_group_score != "sum":
         refusal = Refusal("replayed routes leave nothing to score", "leave one of them out")
         _refuse("moe_enable_routing_replay", args, refusal, f"--xmoe-group-score {args.xmoe_group_score}")

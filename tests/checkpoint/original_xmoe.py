@@ -43,7 +43,7 @@ def random_model(seed: int = 0, qkv_bias: bool = True) -> dict[str, Tensor]:
 
 
 def logits(model: dict[str, Tensor], tokens: Tensor, raw: bool) -> Tensor:
-    """Logits [B, S, V] of tokens [B, S]; `raw`, experts weighted by logits as X-MoE's code does, else by softmax."""
+    """Logits [B, S, V] of tokens [B, S]; `raw`, experts weighted by logits as by X-MoE's code, else DeepSpeed's."""
     embedding = model["language_model.embedding.word_embeddings.weight"]
     hidden = embedding[tokens]
     for layer in range(LAYERS):
@@ -85,19 +85,26 @@ def _experts(rows: Tensor, own: dict[str, Tensor], raw: bool) -> Tensor:
     gate = rows @ own["mlp.deepspeed_moe.gate.wg.weight"].T
     chosen = gate.topk(TOPK, dim=-1).indices
     weights = (gate if raw else gate.softmax(-1)).gather(-1, chosen)
+    if not raw and TOPK > 1:  # DeepSpeed's gate of two divides by the sum of the chosen, that of one does not
+        weights = weights / weights.sum(-1, keepdim=True)
     every = torch.stack([_mlp(rows, own, f"{EXPERT}.{expert}") for expert in range(EXPERTS)], dim=-2)
     return (every.gather(-2, chosen.unsqueeze(-1).expand(*chosen.shape, HIDDEN)) * weights.unsqueeze(-1)).sum(-2)
 
 
-def save(model: dict[str, Tensor], directory: Path, ranks: int = 1, shard_experts: bool = False) -> None:
-    """The files of a checkpoint with `ranks` tensor-parallel ranks, their experts whole or shared out."""
+def save(
+    model: dict[str, Tensor], directory: Path, ranks: int = 1, shard_experts: bool = False, pft: bool = True
+) -> None:
+    """The files of a checkpoint with `ranks` tensor-parallel ranks, their experts whole or shared out.
+
+    Args: pft, whether it was X-MoE's own layer.
+    """
     folder = directory / "global_step7"
     folder.mkdir(parents=True)
     (directory / "latest").write_text("global_step7")
     moe_layers = [layer for layer in range(LAYERS) if layer not in DENSE_LAYERS]
     for rank in range(ranks):
         shared = {name: _share(name, t, rank, ranks) for name, t in model.items() if EXPERT not in name}
-        torch.save(_state(shared), folder / f"mp_rank_{rank:02d}_model_states.pt")
+        torch.save(_state(shared, pft), folder / f"mp_rank_{rank:02d}_model_states.pt")
         for moe_layer, layer in enumerate(moe_layers):
             for expert in range(EXPERTS):
                 prefix = f"{ENCODER}.{layer}.{EXPERT}.{expert}."
@@ -108,9 +115,9 @@ def save(model: dict[str, Tensor], directory: Path, ranks: int = 1, shard_expert
                 torch.save({name: tensor.clone() for name, tensor in own.items()}, folder / file)
 
 
-def _state(shared: dict[str, Tensor]) -> dict:
+def _state(shared: dict[str, Tensor], pft: bool) -> dict:
     args = Namespace(num_attention_heads=HEADS, topk=TOPK, max_position_embeddings=64, seq_length=16,
-                     layernorm_epsilon=1e-5, use_uneven_all_to_all=True, use_pft=True)  # fmt: skip
+                     layernorm_epsilon=1e-5, use_uneven_all_to_all=pft, use_pft=pft)  # fmt: skip
     return {"module": shared, "args": args, "iteration": 7, "lr_scheduler": None, "num_experts": [EXPERTS, EXPERTS]}
 
 

@@ -28,6 +28,9 @@ WRONG_VALUES = [
     ("num_local_experts", 5), ("hidden_size", 48), ("num_hidden_layers", 4), ("vocab_size", 64), ("head_dim", 8),
     ("num_key_value_heads", 4), ("moe_intermediate_size", 8), ("model_type", "gpt2"), ("hidden_act", "gelu"),
     ("num_hidden_layers", -1), ("num_attention_heads", "four"), ("intermediate_size", 40),
+    *((name, value) for value in (0, None) for name in (
+        "decoder_sparse_step", "num_experts_per_tok", "num_hidden_layers", "vocab_size", "moe_intermediate_size",
+        "rms_norm_eps", "max_position_embeddings", "hidden_size")),
 ]  # fmt: skip
 
 
@@ -126,7 +129,7 @@ def hf_wrong_config(folder, rng, mark):
     config = json.loads(path.read_text())
     key, value = rng.choice(WRONG_VALUES)
     path.write_text(json.dumps(config | {key: value}))
-    return ""
+    return "config.json"
 
 
 def hf_cut_json(folder, rng, mark):
@@ -201,8 +204,9 @@ def megatron_malicious(folder, rng, mark):
 
 
 def megatron_tracker(folder, rng, mark):
-    (folder / "latest_checkpointed_iteration.txt").write_text(rng.choice(["7", "", "-3", "../../etc", "seven"]))
-    return ""
+    tracker = folder / "latest_checkpointed_iteration.txt"
+    tracker.write_text(rng.choice(["7", "", "-3", "../../etc", "seven"]))
+    return "iter_0000007" if tracker.read_text() == "7" else tracker.name
 
 
 def some_expert_file(folder, rng) -> Path:

@@ -72,6 +72,22 @@ def test_there_and_back_again_with_the_copies(predicting, tmp_path):
     assert "--mtp-num-layers 1" in (tmp_path / "megatron" / ARGUMENTS).read_text()
 
 
+def test_tied_embeddings_have_copies_of_copies(predicting, tmp_path):
+    folder, *_ = predicting
+    (tmp_path / "hf").mkdir()
+    tensors = {name: HFReader(folder).read(name) for name in HFReader(folder).names()}
+    del tensors["lm_head.weight"]
+    tensors["model.layers.3.shared_head.head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, tmp_path / "hf" / "model.safetensors")
+    values = json.loads((folder / "config.json").read_text()) | {"tie_word_embeddings": True}
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(values))
+    hf_to_megatron(tmp_path / "hf", tmp_path / "megatron", Options(verify=True))
+    megatron_to_hf(tmp_path / "megatron", tmp_path / "back", Options(verify=True))
+    after = HFReader(tmp_path / "back")
+    assert set(tensors) == set(after.names())
+    assert all(torch.equal(tensor, after.read(name)) for name, tensor in tensors.items())
+
+
 def test_a_copy_that_is_none_is_refused(predicting, tmp_path):
     folder, *_ = predicting
     tensors = {name: HFReader(folder).read(name) for name in HFReader(folder).names()}

@@ -114,6 +114,14 @@ def test_real_routing_is_spelt_out():
         ("DeepSeek-V2-Lite", {"rope_scaling": {**YARN, "beta_fast": 16}}, "no equal"),
         ("DeepSeek-V3", {"num_experts_per_tok": 6}, "not twice topk_group"),
         ("DeepSeek-V3", {"norm_topk_prob": False}, "sigmoid"),
+        ("DeepSeek-V3", {"rope_interleave": False}, "rope_interleave"),
+        ("DeepSeek-V3", {"num_experts_per_tok": 1, "topk_group": 8}, "one expert per token"),
+        ("Qwen3-30B-A3B", {"num_experts_per_tok": 1, "norm_topk_prob": True}, "one expert per token"),
+        ("Mixtral-8x7B", {"num_experts_per_tok": 1}, "one expert per token"),
+        ("Qwen3-30B-A3B", {"num_experts_per_tok": 0}, "positive"),
+        ("Qwen3-30B-A3B", {"num_experts_per_tok": 1000}, "between 1 and 128"),
+        ("Qwen3-30B-A3B", {"decoder_sparse_step": 0}, "config.json"),
+        ("DeepSeek-MoE-16B", {"first_k_dense_replace": None}, "config.json"),
     ],
 )
 def test_what_megatron_would_compute_differently_is_refused(name, changes, rule):

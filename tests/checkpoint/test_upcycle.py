@@ -1,14 +1,18 @@
 """Upcycling: experts cut from a dense model's layers, as Megatron does it."""
 
+from argparse import Namespace
+
 import pytest
 import torch
 from jobs import REPOSITORY, run_script
+from safetensors.torch import load_file, save_file
 from tiny_models import BASE, LENGTH, measured, randomize
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from megatron_xmoe.checkpoint.compare import MegatronBySlice, differences, open_both
 from megatron_xmoe.checkpoint.convert import Options, hf_to_megatron
 from megatron_xmoe.checkpoint.names import ConversionError
+from megatron_xmoe.checkpoint.torch_dist import TorchDistReader
 from megatron_xmoe.checkpoint.upcycle import Experts, upcycle
 
 
@@ -87,6 +91,33 @@ def test_sizes_that_do_not_divide_are_refused(dense, tmp_path, experts, rule):
     with pytest.raises(ConversionError, match=rule):
         upcycle(dense[1], tmp_path / "moe", experts, Options())
     assert not (tmp_path / "moe").exists()
+
+
+def test_a_second_embedding_is_not_dropped(tmp_path):
+    model = LlamaForCausalLM(LlamaConfig(**BASE, num_key_value_heads=2, tie_word_embeddings=True))
+    model.save_pretrained(tmp_path / "hf")
+    path = tmp_path / "hf" / "model.safetensors"
+    tensors = load_file(path)
+    save_file(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"] + 1}, path, metadata={"format": "pt"})
+    with pytest.raises(ConversionError, match="lm_head.weight and model.embed_tokens.weight differ"):
+        upcycle(tmp_path / "hf", tmp_path / "moe", Experts(4), Options())
+
+
+def test_biased_layers_are_refused(dense, tmp_path, monkeypatch):
+    keys = TorchDistReader.model_keys
+    bias = "decoder.layers.mlp.linear_fc1.bias"
+    monkeypatch.setattr(TorchDistReader, "model_keys", lambda self: [*keys(self), bias])
+    with pytest.raises(ConversionError, match=bias):
+        upcycle(dense[1], tmp_path / "moe", Experts(4), Options())
+
+
+@pytest.mark.parametrize(("name", "value"), [("window_size", (8, 0)), ("apply_layernorm_1p", True)])
+def test_what_is_not_carried_over_is_refused(dense, tmp_path, monkeypatch, name, value):
+    common = TorchDistReader.common
+    changed = lambda self: {"args": Namespace(**(vars(common(self)["args"]) | {name: value}))}  # noqa: E731
+    monkeypatch.setattr(TorchDistReader, "common", changed)
+    with pytest.raises(ConversionError, match=name):
+        upcycle(dense[1], tmp_path / "moe", Experts(4), Options())
 
 
 def test_what_has_experts_already_is_refused(dense, tmp_path):

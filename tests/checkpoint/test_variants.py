@@ -83,6 +83,23 @@ def test_groups_are_ranked_by_their_best_expert(topk):
         assert chosen.tolist() == expected and torch.equal(value, row[chosen])
 
 
+def test_the_spec_by_name_has_the_norms_too(monkeypatch):
+    """A low-rank-free query is not normalised in the spec for --spec, either."""
+    from megatron_xmoe import specs
+
+    calls = []
+
+    def noted(spec, config, all_heads):
+        calls.append(config)
+        return spec, all_heads
+
+    monkeypatch.setattr(specs, "get_gpt_decoder_block_spec", lambda *args, **kwargs: "stock")
+    monkeypatch.setattr(specs, "substitutions", lambda *args: {})
+    monkeypatch.setattr(specs, "with_query_key_norms", noted)
+    config = SimpleNamespace(transformer_impl="local", normalization="RMSNorm", qk_l2_norm=False)
+    assert specs.xmoe_decoder_block_spec(config) == ("stock", False) and calls == [config]
+
+
 @pytest.mark.parametrize(
     ("option", "rule"),
     [
@@ -90,6 +107,7 @@ def test_groups_are_ranked_by_their_best_expert(topk):
         ("--xmoe-qk-norm all-heads", "--qk-layernorm"),
         ("--moe-router-num-groups 4 --moe-router-group-topk 2 --xmoe-group-score max --moe-backend megatron", "xmoe"),
         ("--xmoe-combine-weights logits --moe-backend megatron", "xmoe"),
+        ("--xmoe-combine-weights logits --moe-input-jitter-eps 0.1", "jitter"),
     ],
 )
 def test_an_option_that_would_change_nothing_is_refused(option, rule):

@@ -29,15 +29,18 @@ def compute(tmp_path, megatron, tokens, *arguments: str) -> torch.Tensor:
     return torch.load(tmp_path / "out.pt")["logits"]
 
 
-@pytest.mark.parametrize("weights", ["logits", "probs"])
-def test_outputs_are_the_originals(original, tmp_path, weights):
-    model, folder = original
+@pytest.mark.parametrize(("pft", "topk"), [(True, 2), (False, 2), (False, 1)])
+def test_outputs_are_the_originals(tmp_path, monkeypatch, pft, topk):
+    """X-MoE's own layer weighs by logits; DeepSpeed's by probabilities, normalised where there are two."""
+    monkeypatch.setattr(original_xmoe, "TOPK", topk)
+    model, folder = original_xmoe.random_model(), tmp_path / "xmoe"
+    original_xmoe.save(model, folder, pft=pft)
     xmoe_to_megatron(folder, tmp_path / "megatron", Options(verify=True))
-    assert "--xmoe-combine-weights logits" in (tmp_path / "megatron" / ARGUMENTS).read_text()
+    assert ("--xmoe-combine-weights logits" in (tmp_path / "megatron" / ARGUMENTS).read_text()) == pft
     tokens = torch.randint(0, original_xmoe.VOCABULARY, (2, original_xmoe.LENGTH + 1))
-    got = compute(tmp_path, tmp_path / "megatron", tokens, "--xmoe-combine-weights", weights)
-    wanted = original_xmoe.logits(model, tokens[:, :-1], raw=weights == "logits")
-    other = original_xmoe.logits(model, tokens[:, :-1], raw=weights != "logits")
+    got = compute(tmp_path, tmp_path / "megatron", tokens)
+    wanted = original_xmoe.logits(model, tokens[:, :-1], raw=pft)
+    other = original_xmoe.logits(model, tokens[:, :-1], raw=not pft)
     assert (got - wanted).norm() < 1e-5 * wanted.norm()
     assert (got - other).norm() > 1e-2 * wanted.norm()
 
@@ -71,6 +74,45 @@ def test_a_bias_that_the_model_lacks_is_refused_by_name(original, tmp_path):
     with pytest.raises(ConversionError, match=f"{name} is a bias that is not zero"):
         xmoe_to_megatron(tmp_path / "biased", tmp_path / "megatron", Options())
     assert not (tmp_path / "megatron").exists()
+
+
+def rewritten(folder, **changes):
+    """Changes the checkpoint's arguments, or its version."""
+    path = folder / "global_step7" / "mp_rank_00_model_states.pt"
+    state = torch.load(path, weights_only=False)
+    if "checkpoint_version" in changes:
+        state["checkpoint_version"] = changes.pop("checkpoint_version")
+    vars(state["args"]).update(changes)
+    torch.save(state, path)
+
+
+def test_what_its_arguments_say_goes_along(original, tmp_path):
+    _, folder = original
+    rewritten(folder, rope_theta=50000.0, rotary_percent=0.5, squared_relu=True, checkpoint_version=3.0)
+    xmoe_to_megatron(folder, tmp_path / "megatron", Options())
+    text = (tmp_path / "megatron" / ARGUMENTS).read_text()
+    assert all(f"--{words}" in text for words in ("rotary-base 50000 ", "rotary-percent 0.5", "squared-relu"))
+
+
+@pytest.mark.parametrize(("base", "same"), [(10000.0, True), (50000.0, False)])
+def test_frequencies_have_to_follow_from_the_base(original, tmp_path, base, same):
+    model, _ = original
+    size = original_xmoe.HIDDEN // original_xmoe.HEADS
+    name = "language_model.rotary_pos_emb.inv_freq"
+    original_xmoe.save(model | {name: base ** (-torch.arange(0, size, 2) / size)}, tmp_path / "with")
+    if same:
+        xmoe_to_megatron(tmp_path / "with", tmp_path / "megatron", Options())
+        return
+    with pytest.raises(ConversionError, match=f"{name} does not follow"):
+        xmoe_to_megatron(tmp_path / "with", tmp_path / "megatron", Options())
+
+
+@pytest.mark.parametrize("changes", [{"apply_layernorm_1p": True}, {"checkpoint_version": 1.0}])
+def test_what_megatron_orders_or_computes_otherwise_is_refused(original, tmp_path, changes):
+    _, folder = original
+    rewritten(folder, **changes)
+    with pytest.raises(ConversionError, match=next(iter(changes))):
+        xmoe_to_megatron(folder, tmp_path / "megatron", Options())
 
 
 class Touch:

@@ -171,9 +171,10 @@ def spell_out(family: Family, config: Config, implementation: str, predictions: 
         family.check(config)
         dims = common_dims(config) | family.dims(config)
         arguments = common_arguments(config, family.latent) | family.arguments(config)
+        pattern = [family.has_experts(config, layer) for layer in range(config.num_hidden_layers)]
+        _check_numbers(arguments, dims, any(pattern))
     except (AttributeError, TypeError, KeyError, ZeroDivisionError) as error:
         raise ConversionError(f"config.json: a value is missing or of the wrong kind ({error})") from error
-    pattern = [family.has_experts(config, layer) for layer in range(config.num_hidden_layers)]
     if any(pattern):
         arguments |= {"moe_backend": "xmoe", "num_experts": dims["E"], "moe_ffn_hidden_size": dims["M"]}
         if not all(pattern):
@@ -189,8 +190,28 @@ def spell_out(family: Family, config: Config, implementation: str, predictions: 
         rules += rules_of(lines, dims, f"{key}transformer_layer.", prefix)
         aliases |= {prefix + name: model for name, model in family.prediction_copies.items()}
     if config.tie_word_embeddings:
+        aliases = {copy: "model.embed_tokens.weight" if of == "lm_head.weight" else of for copy, of in aliases.items()}
         aliases["lm_head.weight"] = "model.embed_tokens.weight"
     return Model(rules, dims, aliases, arguments)
+
+
+def _check_numbers(arguments: dict[str, object], dims: dict[str, int], experts: bool) -> None:
+    """Raises ConversionError for values that would be left out of the command line unseen, or that Megatron refuses."""
+    positive = ["layernorm_epsilon", "max_position_embeddings", "rotary_base"] + ["moe_router_topk"] * experts
+    for name in positive:
+        value = arguments[name]
+        if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+            raise ConversionError(f"config.json: what becomes {name} is {value!r}; it must be a positive number")
+    if not experts:
+        return
+    topk = arguments["moe_router_topk"]
+    if not isinstance(topk, int) or topk > dims["E"]:
+        raise ConversionError(f"config.json: {topk!r} experts per token; it must be between 1 and {dims['E']}, all")
+    if topk == 1 and not arguments.get("moe_router_pre_softmax"):
+        raise ConversionError(
+            "config.json: one expert per token with normalised probabilities, which are all 1 and teach the router "
+            "nothing; Megatron does not compute that. Fix: norm_topk_prob false, if the model was trained so"
+        )
 
 
 def _rules(family: Family, config: Config, dims, pattern: list[bool], implementation: str) -> Iterable[Rule]:

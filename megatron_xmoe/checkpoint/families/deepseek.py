@@ -160,6 +160,10 @@ def check_v3(config: Config) -> None:
     check_latent(config)
     if getattr(config, "scoring_func", "sigmoid") != "sigmoid" or not config.norm_topk_prob:
         raise ConversionError("config.json: DeepSeek-V3 routes by normalised sigmoid scores; another way is not known")
+    if not getattr(config, "rope_interleave", True):
+        raise ConversionError(
+            "config.json: rope_interleave is false; Megatron's latent attention interleaves. Fix: none"
+        )
     if groups(config) and config.num_experts_per_tok // config.topk_group != 2:
         raise ConversionError(
             f"config.json: num_experts_per_tok {config.num_experts_per_tok} is not twice topk_group "
