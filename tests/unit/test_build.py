@@ -73,18 +73,23 @@ class TestSetup:
         output = build(project, XMOE_BUILD_EXT="auto", CXX=compiler, PYTHONPATH=str(broken))
         assert "left out: torch cannot be imported here (libcudart is not there)" in output
 
-    def test_a_compile_error_is_told_and_leaves_nothing(self, project):
+    @pytest.mark.parametrize("ninja", [True, False], ids=["ninja", "no ninja"])
+    def test_a_compile_error_is_told_and_leaves_nothing(self, project, ninja):
+        (project / "bin").mkdir()
+        program(project / "bin/ninja", 'exec "$REAL_NINJA" "$@"' if ninja else "exit 1")
+        path = {"PATH": f"{project / 'bin'}:{os.environ['PATH']}", "REAL_NINJA": shutil.which("ninja") or "false"}
         answers = 'case " $* " in *" -c "*) echo "rows.cpp:7: error: no such thing" >&2; exit 1;; esac\necho 12.2.0'
         compiler = program(project / "c++", answers)
         stale = project / f"build/lib.linux-{os.uname().machine}-cpython-{sys.version_info[0]}{sys.version_info[1]}"
         (stale / "megatron_xmoe").mkdir(parents=True)
         name = f"_C.cpython-{sys.version_info[0]}{sys.version_info[1]}-{os.uname().machine}-linux-gnu.so"
         (stale / "megatron_xmoe" / name).touch()
-        output = build(project, XMOE_BUILD_EXT="auto", CXX=compiler)
-        expected = "left out: the C++ compiler failed: rows.cpp:7: error: no such thing"
-        assert f"megatron-xmoe: compiled kernels {expected}" in output
+        output = build(project, XMOE_BUILD_EXT="auto", CXX=compiler, **path)
+        assert "megatron-xmoe: compiled kernels left out: the C++ compiler failed: " in output
+        assert "compiled kernels built" not in output
+        assert "failed: rows.cpp:7: error: no such thing" in output or not ninja  # the summary has it
         assert not built(project)
-        build(project, expect=1, XMOE_BUILD_EXT="1", CXX=compiler)
+        build(project, expect=1, XMOE_BUILD_EXT="1", CXX=compiler, **path)
 
     def test_an_unknown_mode_is_refused(self, project):
         assert "it must be auto, 1 or 0" in build(project, expect=1, XMOE_BUILD_EXT="yes")
@@ -193,6 +198,7 @@ class TestExtension:
     def there(self, monkeypatch):
         """An extension that fits, and no GPU, until a test changes that."""
         self.facts = {"sources": _optional.sources_digest(ROOT), "gpu": "CUDA 13.0", "archs": "9.0", "cpu": "AVX2"}
+        self.facts["torch"] = torch.__version__
         monkeypatch.setattr(_optional, "probe", lambda name: _optional.Availability(name, True, "version unknown"))
         monkeypatch.setattr(_optional, "extension_facts", lambda: self.facts)
         monkeypatch.setattr(_optional, "_gpus", lambda: [])
@@ -210,6 +216,12 @@ class TestExtension:
         found = _optional.extension(device_type)
         assert not found.usable
         assert found.reason == "built from other sources; to build it: python setup.py build_ext --inplace"
+
+    @pytest.mark.parametrize("device_type", ["cpu", "cuda"])
+    def test_another_torch(self, device_type):
+        self.facts["torch"] = "2.0.1"
+        found = _optional.extension(device_type)
+        assert not found.usable and found.reason.startswith("built for torch 2.0.1, and this is ")
 
     def test_an_installation_without_sources(self):
         self.monkeypatch.setattr(_optional, "sources_digest", lambda root: "")
@@ -248,12 +260,30 @@ class TestExtension:
             ("10.0a", "10.3", False),
             ("10.0f", "10.3", False),
             ("gfx90a;gfx942", "gfx942", True),
+            ("gfx90a:sramecc+:xnack-", "gfx90a", True),
             ("gfx90a", "gfx942", False),
             ("gfx90a", "gfx90", False),
         ],
     )
     def test_architectures(self, archs, gpu, expected):
         assert _optional.serves(archs, gpu) is expected
+
+
+def test_triton_needs_a_c_compiler_and_headers(monkeypatch, tmp_path):
+    monkeypatch.setattr(_optional, "probe", lambda name: _optional.Availability(name, True, "version unknown"))
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert not _optional.triton().usable and "C compiler" in _optional.triton().reason
+    assert not registry.triton_is_usable("cuda")
+    compiler = tmp_path / "gcc"
+    compiler.write_text("")
+    compiler.chmod(0o755)
+    monkeypatch.setattr(_optional.sysconfig, "get_path", lambda name: str(tmp_path))
+    assert not _optional.triton().usable and "Python.h" in _optional.triton().reason
+    (tmp_path / "Python.h").write_text("")
+    assert _optional.triton().usable and registry.triton_is_usable("cuda")
+    monkeypatch.setenv("XMOE_KERNELS", "reference")
+    assert not registry.triton_is_usable("cuda")
 
 
 def test_the_digest_follows_the_sources(project):
@@ -297,7 +327,7 @@ def test_info_names_versions_backends_and_reasons():
 
 def test_info_with_a_pinned_backend_that_cannot_run():
     assert "cpu: chosen          reference, pinned" in info(XMOE_KERNELS="reference")
-    assert "cpu: chosen          none: kernels 'fast' are unknown" in info(XMOE_KERNELS="fast")
+    assert "cpu: chosen          none: --xmoe-kernels (or XMOE_KERNELS) fast is unknown" in info(XMOE_KERNELS="fast")
 
 
 def test_info_without_torch(tmp_path):
