@@ -12,11 +12,6 @@ from torch import Tensor
 ACCESS_BYTES = 16  # the widest load or store of one thread
 
 
-def accumulator(dtype: torch.dtype) -> torch.dtype:
-    """The type that sums of `dtype` run in."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def ceil_div(a: int, b: int) -> int:
     """a / b, rounded up."""
     return -(-a // b)

@@ -24,15 +24,7 @@ SEGMENT = 1024  # routes of an expert that are looked at together when some are 
 def build_routes(
     ids: Tensor, weights: Tensor, num_experts: int, capacity: int, by_weight: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Order routes by expert, then token, then choice, and keep at most `capacity` of each expert.
-
-    Args:
-        ids: [T, K], negative for none. weights: [T, K]. num_experts: E.
-        capacity: -1 keeps all. by_weight: the largest weights stay, the earliest among equals; otherwise the earliest.
-
-    Returns:
-        token_ids [T*K] int32 and expert_ids [T*K] int32, -1 after the last kept route; tokens_per_expert [E] int64;
-        combine_weights [T*K], 0 after the last; inverse [T, K] int32, -1 where a choice was dropped.
+    """See `kernels.reference.build_routes`.
 
     Raises:
         ValueError: more than 4096 experts.

@@ -11,7 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_xmoe.kernels.triton_common import accumulator, ceil_div, on, power_of_two, vector_length, warp_size
+from megatron_xmoe.kernels.reference import accumulator
+from megatron_xmoe.kernels.triton_common import ceil_div, on, power_of_two, vector_length, warp_size
 
 TILE_BYTES = 2048  # of one row; 128 threads times 16 bytes
 THREADS = 128
