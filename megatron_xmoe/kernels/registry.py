@@ -18,7 +18,7 @@ from megatron_xmoe import _optional
 ENVIRONMENT = "XMOE_KERNELS"
 PREFERENCE = ("cpp", "triton", "reference")
 FASTER = {"sum_rows": "triton"}
-"""Operations that another backend does faster than the first on NVIDIA GPUs: measured on one H200, docs/benchmarks.md."""
+"""Operations that another backend does faster than the first on NVIDIA GPUs (one H200, docs/benchmarks.md)."""
 _MODULES = {
     "cpp": ("cpp",),
     "triton": ("triton_routes", "triton_rows"),
