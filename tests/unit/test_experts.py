@@ -158,13 +158,3 @@ def test_experts_that_cannot_be_shared_are_refused():
     groups = SimpleNamespace(expt_tp=SimpleNamespace(size=lambda: 4))
     with pytest.raises(ValueError, match="--moe-ffn-hidden-size 10 .* --expert-tensor-parallel-size 4"):
         XMoEGroupedMLP(2, config, pg_collection=groups)
-
-
-def test_biases_are_refused():
-    from megatron.core.transformer.transformer_config import TransformerConfig
-
-    from megatron_xmoe.experts import XMoEGroupedMLP
-
-    config = TransformerConfig(num_layers=1, hidden_size=8, num_attention_heads=2, num_moe_experts=2)
-    with pytest.raises(ValueError, match="--disable-bias-linear"):
-        XMoEGroupedMLP(2, config, pg_collection=None)
