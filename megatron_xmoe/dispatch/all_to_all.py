@@ -24,10 +24,10 @@ class AllToAllDispatcher(MoETokenDispatcher):
     pass between `dispatch_preprocess` and `combine_postprocess` is one frozen DispatchState in `self.state`.
     A pass has one host synchronisation, for the split sizes of the exchange.
 
-    Where all experts are on this rank, nothing is sent, and the tokens themselves go through the stages; the experts take
-    their rows from them. Where experts are sharded over expert-tensor-parallel ranks, these first gather each other's rows, and their partial
-    results are summed and scattered back. Megatron's shared experts can be computed during the exchanges
-    (`set_shared_experts`).
+    Where all experts are on this rank, nothing is sent: the tokens themselves go through the stages, and the experts
+    take their rows from them. Where experts are sharded over expert-tensor-parallel ranks, these first gather each
+    other's rows, and their partial results are summed and scattered back. Megatron's shared experts can be computed
+    during the exchanges (`set_shared_experts`).
     """
 
     def __init__(
