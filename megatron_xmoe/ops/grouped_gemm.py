@@ -31,6 +31,11 @@ class Groups:
         ends = tokens_per_expert.cumsum(0).to(torch.int32)
         return cls(tokens_per_expert.tolist(), ends.to(device, non_blocking=True))
 
+    def experts_of_rows(self, num_rows: int) -> Tensor:
+        """[M] int32: the expert of each row. Args: num_rows, M."""
+        positions = torch.arange(num_rows, device=self.ends.device, dtype=self.ends.dtype)
+        return torch.searchsorted(self.ends, positions, right=True, out_int32=True)
+
 
 class GroupedGemm:
     """A backend: two products, and the same with the activation in them, here composed of the products.
@@ -40,6 +45,14 @@ class GroupedGemm:
 
     follows_index = False
     """Whether its kernels gather rows themselves; otherwise rows that are used twice are better gathered before."""
+
+    def multiply_add(
+        self, rows: Tensor, weight: Tensor, bias: Tensor, groups: Groups, index: Tensor | None = None
+    ) -> Tensor:
+        """`multiply` plus the bias [E, N] of each row's expert; here added to rounded products, as Megatron does."""
+        result = self.multiply(rows, weight, groups, index)
+        result += bias.index_select(0, groups.experts_of_rows(result.shape[0]))
+        return result
 
     def multiply(
         self, rows: Tensor, weight: Tensor, groups: Groups, index: Tensor | None = None, transposed: bool = False
@@ -103,6 +116,14 @@ class Loop(GroupedGemm):
         parts = zip(rows.split(groups.sizes), matrices, result.split(groups.sizes), strict=True)
         for part, matrix, out in parts:
             torch.mm(part, matrix, out=out)
+        return result
+
+    def multiply_add(self, rows, weight, bias, groups, index=None):
+        rows = _gathered(rows, index)
+        result = rows.new_empty(rows.shape[0], weight.shape[1])
+        parts = zip(rows.split(groups.sizes), weight, bias, result.split(groups.sizes), strict=True)
+        for part, matrix, one, out in parts:
+            torch.addmm(one, part, matrix.t(), out=out)
         return result
 
     def weight_gradient(self, grad, rows, groups, index=None, into=None):

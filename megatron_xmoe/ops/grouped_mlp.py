@@ -78,12 +78,11 @@ class _GroupedMLP(torch.autograd.Function):
     @staticmethod
     def forward(ctx, tensor, probs, weight1, weight2, bias1, bias2, index, inverse, plan):
         groups, gemm = plan.groups, plan.gemm
-        experts = None if bias1 is None else _experts_of_rows(groups, probs.shape[0])
         rows, at = _rows(tensor, index, inverse, gemm)
         if bias1 is None:
             hidden, activated = gemm.multiply_activate(rows, weight1, probs, groups, plan.activation, at)
         else:
-            hidden = _pre_activation(rows, weight1, bias1, experts, groups, gemm, at)
+            hidden = gemm.multiply_add(rows, weight1, bias1, groups, at)
             activated = plan.activation.forward(hidden, probs)
         del rows
         kept = None if plan.recompute else hidden
@@ -92,7 +91,7 @@ class _GroupedMLP(torch.autograd.Function):
         del hidden
         output = gemm.multiply(activated, weight2, groups)
         if bias2 is not None:
-            output += probs.unsqueeze(1) * bias2.index_select(0, experts)
+            output += probs.unsqueeze(1) * bias2.index_select(0, groups.experts_of_rows(probs.shape[0]))
         return output
 
     @staticmethod
@@ -101,11 +100,13 @@ class _GroupedMLP(torch.autograd.Function):
         tensor, probs, weight1, weight2, bias1, bias2, index, inverse, hidden = ctx.saved_tensors
         plan, needed, grad = ctx.plan, ctx.needs_input_grad, grad.contiguous()
         groups, gemm = plan.groups, plan.gemm
-        experts = None if bias1 is None else _experts_of_rows(groups, probs.shape[0])
         rows = at = grad_tensor = grad_weight1 = grad_weight2 = grad_bias1 = grad_bias2 = None
         if hidden is None:
             rows, at = _rows(tensor, index, inverse, gemm)
-            hidden = _pre_activation(rows, weight1, bias1, experts, groups, gemm, at)
+            if bias1 is None:
+                hidden = gemm.multiply(rows, weight1, groups, at)
+            else:
+                hidden = gemm.multiply_add(rows, weight1, bias1, groups, at)
         grad_hidden, activated, grad_probs = gemm.multiply_activate_backward(
             grad, weight2, hidden, probs, groups, plan.activation
         )
@@ -114,7 +115,8 @@ class _GroupedMLP(torch.autograd.Function):
             grad_weight2 = _weight_gradient(plan, weight2, grad, activated, None)
         del activated
         if bias2 is not None:
-            grad_probs += kernel("dot_rows", grad.device.type)(bias2, experts.unsqueeze(1), grad).view_as(grad_probs)
+            experts = groups.experts_of_rows(probs.shape[0]).unsqueeze(1)
+            grad_probs += kernel("dot_rows", grad.device.type)(bias2, experts, grad).view_as(grad_probs)
             grad_bias2 = _bias_gradient(bias2, grad, probs, groups)
             grad_bias1 = _bias_gradient(bias1, grad_hidden, None, groups)
         if needed[2]:
@@ -139,27 +141,6 @@ def _rows(
     if index is not None and gemm.follows_index:
         return tensor.contiguous(), index.contiguous()
     return take_rows(tensor, index, inverse).contiguous(), None
-
-
-def _pre_activation(
-    rows: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    experts: Tensor | None,
-    groups: Groups,
-    gemm: GroupedGemm,
-    index: Tensor | None,
-) -> Tensor:
-    hidden = gemm.multiply(rows, weight, groups, index)
-    if bias is not None:
-        hidden += bias.index_select(0, experts)
-    return hidden
-
-
-def _experts_of_rows(groups: Groups, num_rows: int) -> Tensor:
-    """[M] int32: the expert of each row."""
-    positions = torch.arange(num_rows, device=groups.ends.device, dtype=groups.ends.dtype)
-    return torch.searchsorted(groups.ends, positions, right=True, out_int32=True)
 
 
 def _bias_gradient(bias: Tensor, grad: Tensor, weights: Tensor | None, groups: Groups) -> Tensor:
