@@ -71,7 +71,7 @@ def choose_kernels(pinned: str, device_type: str) -> KernelChoice:
         if not candidate.usable:
             others = ", ".join(c.name for c in found if c.usable)
             raise ValueError(
-                f"--xmoe-kernels (or {ENVIRONMENT}) {pinned} cannot run on {_spoken(device_type)}: {candidate.reason}. "
+                f"--xmoe-kernels (or {ENVIRONMENT}) {pinned} cannot run on {spoken(device_type)}: {candidate.reason}. "
                 f"Fix: leave it out, or use one of: {others}"
             )
         return KernelChoice(pinned, f"pinned; {candidate.reason}")
@@ -149,5 +149,6 @@ def _check(name: str) -> None:
         )
 
 
-def _spoken(device_type: str) -> str:
+def spoken(device_type: str) -> str:
+    """A kind of device in an error message."""
     return "a GPU" if device_type == "cuda" else f"a {device_type.upper()}"

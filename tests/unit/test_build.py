@@ -337,6 +337,8 @@ def test_info_names_versions_backends_and_reasons():
     found = _optional.extension("cpu")
     assert lines["cpu: cpp"] == f"{'usable' if found.usable else 'not usable'}: {found.reason}"
     assert lines["cpu: chosen"] == ("cpp" if found.usable else "reference")
+    assert lines["loop on cpu"].startswith("usable: ") and lines["torch on cpu"] == "not usable: no GPU"
+    assert lines["auto on cpu"] == "loop"
 
 
 def test_info_with_a_pinned_backend_that_cannot_run():
