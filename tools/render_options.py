@@ -28,9 +28,9 @@ experts over two (some in other layouts): losses of ten iterations agree to 1e-5
 step of plain SGD to 1e-4.
 
 Experts have biases unless `--disable-bias-linear` is given, as Megatron means it
-(`tests/integration/test_experts_training.py`; stock experts without Transformer Engine do not train with biases). Where
-Megatron itself gives experts none, beside shared experts and with `--expert-tensor-parallel-size` above 1, the option is
-set, and the start-up block says so.
+(`tests/integration/test_experts_training.py`; stock experts without Transformer Engine do not train with biases).
+Where Megatron itself gives experts none, beside shared experts and with `--expert-tensor-parallel-size` above 1, the
+option is set, and the start-up block says so.
 """
 
 
