@@ -35,6 +35,12 @@ class XMoEConfig:
     """What --qk-layernorm normalises: each head of the queries and keys by itself, as Megatron does, or all heads
     together, as OLMoE does. Works with either backend."""
 
-    xmoe_expert_load_file: str | None = None
-    """File for the load of each expert: at every logged iteration rank 0 appends a line of JSON with the number of
-    routes that each expert of each layer got since the line before. tools/plot_run.py draws it."""
+    xmoe_metrics: Literal["off", "summary", "layers"] = "summary"
+    """Figures about the experts in Megatron's log, every --log-interval iterations. 'summary' puts the balance of the
+    experts, dropped routes, traffic between nodes and the time of the all-to-alls into the console's line, and these
+    and more into TensorBoard and W&B. 'layers' adds a curve for each layer and the load of each expert, which
+    tools/plot_run.py draws. docs/metrics.md defines them. For --moe-backend xmoe."""
+
+    xmoe_profile_breakdown: bool = False
+    """Print a table of where the time of an MoE layer's forward pass goes (gate, dispatch buffer, all-to-all, experts,
+    all-to-all, combine), every --log-interval iterations, and write it to TensorBoard. Needs --moe-backend xmoe."""

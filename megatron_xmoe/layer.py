@@ -12,9 +12,11 @@ from torch import Tensor
 from megatron_xmoe.config import XMoEConfig
 from megatron_xmoe.dispatch import AllToAllDispatcher
 from megatron_xmoe.metrics import count_routes
+from megatron_xmoe.profiling import profiled
 from megatron_xmoe.routing import BestOfGroup, raw_logits
 
 
+@profiled(route="gate", routed_experts_compute="experts")
 class XMoELayer(MoELayer):
     """Megatron's MoELayer with a padding-free dispatcher.
 
@@ -57,6 +59,11 @@ class XMoELayer(MoELayer):
             # the dispatcher drops while it sorts, so the router, whose dropping is O(T * E), must not
             self.router.config = copy.copy(self.router.config)
             self.router.config.moe_expert_capacity_factor = None
+
+    def set_layer_number(self, layer_number: int) -> None:
+        """Megatron says the layer's number once it is built; the dispatcher gets the number in the whole model."""
+        super().set_layer_number(layer_number)
+        self.token_dispatcher.layer_number = self._number_in_model
 
     @property
     def _number_in_model(self) -> int | None:

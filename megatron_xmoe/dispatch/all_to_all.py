@@ -16,8 +16,17 @@ from megatron_xmoe.dispatch.capacity import expert_capacity
 from megatron_xmoe.dispatch.state import DispatchState
 from megatron_xmoe.metrics import flat_traffic, record_traffic, recording
 from megatron_xmoe.ops import build_routes_from_map, gather_rows, gather_sum, merge_order
+from megatron_xmoe.profiling import profiled
 
 
+@profiled(
+    dispatch_preprocess="permute",
+    token_dispatch="dispatch",
+    dispatch_postprocess="permute",
+    combine_preprocess="unpermute",
+    token_combine="combine",
+    combine_postprocess="unpermute",
+)
 class AllToAllDispatcher(MoETokenDispatcher):
     """Sends each routed row to the rank of its expert and sums the results per token.
 
