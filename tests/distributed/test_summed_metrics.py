@@ -139,7 +139,8 @@ def train_all(cases: list[Case]) -> list[dict]:
 @pytest.fixture(scope="module")
 def trained() -> dict[Case, list[dict]]:
     """By case, what each rank returned."""
-    return dict(zip(CASES, zip(*harness.run_distributed(train_all, WORLD, CASES, timeout=400), strict=True), strict=True))
+    by_rank = harness.run_distributed(train_all, WORLD, CASES, timeout=400)
+    return dict(zip(CASES, zip(*by_rank, strict=True), strict=True))
 
 
 def counted(case: Case, ranks: list[dict], number: int) -> dict[str, float]:
