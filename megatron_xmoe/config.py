@@ -35,10 +35,6 @@ class XMoEConfig:
     """What --qk-layernorm normalises: each head of the queries and keys by itself, as Megatron does, or all heads
     together, as OLMoE does. Works with either backend."""
 
-    xmoe_expert_load_file: str | None = None
-    """File for the load of each expert: at every logged iteration rank 0 appends a line of JSON with the number of
-    routes that each expert of each layer got since the line before. tools/plot_run.py draws it."""
-
     xmoe_grouped_gemm: Literal["auto", "triton", "torch", "loop"] = "auto"
     """Implementation of the experts' matrix products. 'triton' is this project's kernels, for NVIDIA and AMD GPUs;
     'torch' is torch's grouped_mm, for bf16 on NVIDIA GPUs of compute capability 9 and above; 'loop' is a product per
@@ -54,3 +50,13 @@ class XMoEConfig:
     """Whether the experts' weight gradients are added to Megatron's main_grad (fp32 with
     --accumulate-allreduce-grads-in-fp32 or --bf16) by the matrix products themselves. 'auto' does unless
     --no-gradient-accumulation-fusion is given. Needs no Apex, unlike the same in Megatron's own layers."""
+
+    xmoe_metrics: Literal["off", "summary", "layers"] = "summary"
+    """Figures about the experts in Megatron's log, every --log-interval iterations. 'summary' puts the balance of the
+    experts, dropped routes, traffic between nodes and the time of the all-to-alls into the console's line, and these
+    and more into TensorBoard and W&B. 'layers' adds a curve for each layer and the load of each expert, which
+    tools/plot_run.py draws. docs/metrics.md defines them. For --moe-backend xmoe."""
+
+    xmoe_profile_breakdown: bool = False
+    """Print a table of where the time of an MoE layer's forward pass goes (gate, dispatch buffer, all-to-all, experts,
+    all-to-all, combine), every --log-interval iterations, and write it to TensorBoard. Needs --moe-backend xmoe."""

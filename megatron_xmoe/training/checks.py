@@ -30,8 +30,6 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise UsageError(
             "--moe-backend xmoe for a model without experts. Fix: add --num-experts N, or leave --moe-backend out"
         )
-    if args.moe_backend != "xmoe" and args.xmoe_expert_load_file:
-        raise UsageError("--xmoe-expert-load-file needs --moe-backend xmoe, whose layers count. Fix: add it")
     if args.xmoe_qk_norm != "per-head" and (not args.qk_layernorm or args.multi_latent_attention):
         raise UsageError(
             f"--xmoe-qk-norm {args.xmoe_qk_norm} says what --qk-layernorm normalises, outside latent attention. Fix: "

@@ -10,6 +10,7 @@ OF_OUR_LAYER = frozenset(
     """
     xmoe_min_capacity xmoe_combine_weights xmoe_group_score
     xmoe_grouped_gemm xmoe_recompute_activation xmoe_gradient_accumulation_fusion
+    xmoe_metrics xmoe_profile_breakdown
     """.split()
 )
 

@@ -36,9 +36,10 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(LEAVES, ()),
     "kernels": ("torch", "triton", *ours("_C", *LEAVES)),
     "ops": ("torch", *ours("kernels")),
-    "profiling": ("torch", *ours(*LEAVES)),
+    "profiling": ("torch", "megatron.core.utils", "megatron.core.transformer.moe.moe_logging", *ours(*LEAVES)),
+    "figures": ("numpy", *ours("profiling")),
     "parallel_state": ("torch", "megatron.core", *ours(*LEAVES)),
-    "metrics": ("torch", "megatron.core", *ours("parallel_state", "profiling", *LEAVES)),
+    "metrics": ("torch", "numpy", "megatron.core", *ours("parallel_state", "profiling", "figures", *LEAVES)),
     "dispatch": ("torch", *DISPATCHER_BASE, *ours("ops", "parallel_state", "metrics", "profiling", *LEAVES)),
     **dict.fromkeys(LAYERS, ("torch", "megatron.core", *ours(*OURS_BELOW_LAYERS, *LAYERS))),
     **dict.fromkeys(

@@ -1,0 +1,105 @@
+"""From sums over ranks and micro-batches to the figures that a person reads. Definitions: docs/metrics.md."""
+
+import math
+
+import numpy as np
+from numpy import ndarray
+
+from megatron_xmoe.profiling import EXCHANGES, STAGES
+
+MIB = 2**20
+
+TRAFFIC_SUMS = (
+    *("passes", "routes", "routes_remote", "inter_rows", "inter_bytes", "intra_bytes"),
+    *("padding_rows", "padding_bytes"),
+)
+SUMS = (*TRAFFIC_SUMS, *STAGES)
+"""What is summed for each layer: a dispatcher's traffic, and milliseconds of each stage."""
+
+PAPERS_NAMES = ("gate", "dispatch buffer", "all-to-all", "experts", "all-to-all", "combine")
+"""What the paper's table calls the STAGES."""
+
+
+def figures_of_layers(loads: ndarray, sums: dict[str, ndarray]) -> dict[str, ndarray]:
+    """Figures [L] of L layers by name; NaN where there is nothing to divide by.
+
+    Args:
+        loads: [L, E] float64 routes that the router gave to each expert.
+        sums: SUMS by name, [L] float64.
+    """
+    experts, routed = loads.shape[1], loads.sum(axis=1)
+    shares = _divide(loads, routed[:, None])
+    entropy = -(shares * np.log(np.where(shares > 0, shares, 1))).sum(axis=1)
+    passes, exchanges = sums["passes"], sum(sums[stage] for stage in EXCHANGES)
+    return {
+        "load-max": shares.max(axis=1) * experts,
+        "load-entropy": entropy / math.log(experts) if experts > 1 else shares[:, 0],
+        "idle-experts": np.where(routed > 0, (loads == 0).mean(axis=1), math.nan),
+        "drop-rate": 1 - _divide(sums["routes"], routed),
+        "padding-avoided": _divide(sums["padding_rows"], sums["padding_rows"] + sums["routes"]),
+        "padding-avoided-MiB": _divide(sums["padding_bytes"], passes) / MIB,
+        "redundancy": 1 - _divide(sums["inter_rows"], sums["routes_remote"]),
+        "inter-node-MiB": _divide(sums["inter_bytes"], passes) / MIB,
+        "intra-node-MiB": _divide(sums["intra_bytes"], passes) / MIB,
+        "alltoall-ms": _divide(exchanges, np.where(exchanges > 0, passes, 0)),
+    }
+
+
+def overall_figures(loads: ndarray, sums: dict[str, ndarray]) -> dict[str, float]:
+    """One figure of each kind for all layers: of their sums, but balance is the mean over layers."""
+    of_layers = figures_of_layers(loads, sums)
+    summed = {name: values.sum(keepdims=True) for name, values in sums.items()}
+    overall = {name: float(of[0]) for name, of in figures_of_layers(loads.sum(axis=0, keepdims=True), summed).items()}
+    with_routes = loads.any(axis=1)
+    for name in ("load-max", "load-entropy", "idle-experts"):
+        overall[name] = float(of_layers[name][with_routes].mean()) if with_routes.any() else math.nan
+    worst = int(np.where(with_routes, of_layers["load-max"], -1).argmax())
+    return overall | {"load-max-of-worst-layer": float(of_layers["load-max"][worst]), "worst-layer": float(worst + 1)}
+
+
+def relative_loads(loads: ndarray) -> ndarray:
+    """Routes of each expert [L, E] divided by the even share; zeros in layers without routes."""
+    return np.nan_to_num(_divide(loads * loads.shape[1], loads.sum(axis=1, keepdims=True)))
+
+
+def console_text(figures: dict[str, float]) -> str:
+    """The part of Megatron's log line that is X-MoE's."""
+    parts = [
+        f"expert load max/mean: {figures['load-max']:.2f} "
+        f"(layer {figures['worst-layer']:.0f}: {figures['load-max-of-worst-layer']:.2f})",
+        f"idle experts: {figures['idle-experts']:.1%}",
+        f"dropped: {figures['drop-rate']:.1%}",
+    ]
+    if not math.isnan(figures["redundancy"]):  # routes leave the node
+        parts.append(f"inter-node: {figures['inter-node-MiB']:.2f} MiB, {figures['redundancy']:.1%} saved")
+    if not math.isnan(figures["alltoall-ms"]):
+        parts.append(
+            f"all-to-all (ms): {figures['alltoall-ms']:.2f} "
+            f"(rank {figures['alltoall-slowest-rank']:.0f}: {figures['alltoall-slowest-ms']:.2f})"
+        )
+    return "".join(f" {part} |" for part in parts)
+
+
+def breakdown_of(sums: dict[str, ndarray]) -> dict[str, float]:
+    """Milliseconds of each stage in a forward pass, mean over layers, ranks and micro-batches."""
+    passes = max(float(sums["passes"].sum()), 1.0)
+    return {stage: float(sums[stage].sum()) / passes for stage in STAGES}
+
+
+def breakdown_table(breakdown: dict[str, float], first: int, last: int) -> str:
+    """The paper's table: where the time of a layer's forward pass goes."""
+    total = sum(breakdown.values())
+    rows = [*zip(PAPERS_NAMES, STAGES, breakdown.values(), strict=True), ("total", "", total)]
+    lines = [
+        f" forward pass of an MoE layer, mean over layers, ranks and micro-batches of iterations {first} to {last}",
+        f" {'stage':<16}{'range':<14}{'ms':>9}{'share':>8}",
+    ]
+    lines += [
+        f" {name:<16}{stage and f'xmoe.{stage}':<14}{milliseconds:>9.3f}{milliseconds / (total or 1):>8.1%}"
+        for name, stage, milliseconds in rows
+    ]
+    return "\n".join(lines)
+
+
+def _divide(dividend: ndarray, divisor: ndarray) -> ndarray:
+    return dividend / np.where(divisor > 0, divisor, math.nan)
