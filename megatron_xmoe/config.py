@@ -31,6 +31,17 @@ class XMoEConfig:
     """What ranks the groups of --moe-router-num-groups: the sum of their best scores, as Megatron and DeepSeek-V3 have
     it, or the best score alone, as DeepSeek-V2 does."""
 
+    xmoe_ranks_per_node: str | None = None
+    """Processes on a node, or the sizes of consecutive nodes in the order of the ranks, like 3,5, repeated until all
+    processes are counted. A node is a set of processes joined by links much faster than the network: a host as a rule,
+    but larger where fast links join hosts. By default the launcher's variables tell (torchrun, srun), and where these
+    do not, the hosts' names."""
+
+    xmoe_ep_placement: Literal["ep-first", "dp-first"] = "ep-first"
+    """Which ranks are neighbours, and so share a node: those of an expert-parallel group ('ep-first', Megatron's order;
+    for many small experts, whose exchange of tokens costs most), or those that hold replicas of the same experts
+    ('dp-first'; for few large experts, whose reduction of gradients costs most). Works with either backend."""
+
     xmoe_qk_norm: Literal["per-head", "all-heads"] = "per-head"
     """What --qk-layernorm normalises: each head of the queries and keys by itself, as Megatron does, or all heads
     together, as OLMoE does. Works with either backend."""

@@ -142,12 +142,15 @@ def single_process() -> Iterator[None]:
 
 
 @contextmanager
-def model_parallel(tp: int = 1, ep: int = 1, pp: int = 1, etp: int = 1, seed: int = 1234) -> Iterator[None]:
+def model_parallel(
+    tp: int = 1, ep: int = 1, pp: int = 1, etp: int = 1, seed: int = 1234, order: str = "tp-cp-ep-dp-pp"
+) -> Iterator[None]:
     """Megatron's process groups and random states for a layout; the next layout can follow in the same processes.
 
     Args:
         tp: tensor, `ep`: expert, `pp`: pipeline, `etp`: expert-tensor parallel size.
         seed: of Megatron's random states.
+        order: of the dimensions, from that in which neighbouring ranks differ.
     """
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
@@ -163,6 +166,7 @@ def model_parallel(tp: int = 1, ep: int = 1, pp: int = 1, etp: int = 1, seed: in
         pipeline_model_parallel_size=pp,
         expert_model_parallel_size=ep,
         expert_tensor_parallel_size=etp,
+        order=order,
     )
     try:
         model_parallel_cuda_manual_seed(seed)
