@@ -50,12 +50,20 @@ class XMoELayer(MoELayer):
         self.token_dispatcher = AllToAllDispatcher(
             self.num_local_experts, config, pg_collection, self.xmoe.xmoe_min_capacity
         )
+        self.token_dispatcher.layer_number = self._number_in_model
         if self.shared_expert_overlap:
             self.token_dispatcher.set_shared_experts(self.shared_experts)
         if config.moe_expert_capacity_factor is not None:
             # the dispatcher drops while it sorts, so the router, whose dropping is O(T * E), must not
             self.router.config = copy.copy(self.router.config)
             self.router.config.moe_expert_capacity_factor = None
+
+    @property
+    def _number_in_model(self) -> int | None:
+        """From 1; layers of multi-token prediction, which Megatron numbers anew, come after the others."""
+        if self.layer_number is None or not self.is_mtp_layer:
+            return self.layer_number
+        return self.layer_number + self.config.num_layers
 
     def route(self, hidden_states: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Megatron's routing; also counts each expert's routes where that was asked for.
@@ -65,10 +73,7 @@ class XMoELayer(MoELayer):
         probs, routing_map = super().route(hidden_states, padding_mask)
         if self.xmoe.xmoe_combine_weights == "logits":
             probs = raw_logits(self.router, hidden_states, probs, routing_map)
-        number = self.layer_number
-        if self.is_mtp_layer:  # these are numbered anew
-            number += self.config.num_layers
-        count_routes(number, routing_map)
+        count_routes(self._number_in_model, routing_map)
         return probs, routing_map
 
     def preprocess(self, hidden_states: Tensor, probs: Tensor, routing_map: Tensor) -> tuple[Tensor, Tensor]:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from megatron_xmoe.dispatch.capacity import expert_capacity
 from megatron_xmoe.dispatch.state import DispatchState
+from megatron_xmoe.metrics import flat_traffic, record_traffic, recording
 from megatron_xmoe.ops import build_routes_from_map, gather_rows, gather_sum, merge_order
 
 
@@ -28,6 +29,9 @@ class AllToAllDispatcher(MoETokenDispatcher):
     results are summed and scattered back. Megatron's shared experts can be computed during the exchanges
     (`set_shared_experts`).
     """
+
+    layer_number: int | None = None
+    """Of the layer in the model, from 1, for metrics; its layer sets it."""
 
     def __init__(
         self,
@@ -62,8 +66,11 @@ class AllToAllDispatcher(MoETokenDispatcher):
         )
         if self.shared_experts is not None:  # before the host has to wait for the numbers
             self.shared_experts.pre_forward_comm(hidden_states)
-        sent, received = self._exchange_counts(routes.tokens_per_expert)
+        kept, received = self._exchange_counts(routes.tokens_per_expert)
+        sent = kept.sum(dim=1).tolist()
         num_rows = sum(sent)
+        if recording():
+            self._record_traffic(kept, sent, capacity, hidden_states, probs)
         expert_order, arrival_order = self._expert_major_order(received.flatten(0, 1), hidden_states.device)
         self.state = DispatchState(
             hidden_shape=hidden_states.shape,
@@ -141,8 +148,26 @@ class AllToAllDispatcher(MoETokenDispatcher):
             rows, group=self.tp_group, output_split_sizes=self.state.tensor_splits
         )
 
-    def _exchange_counts(self, tokens_per_expert: Tensor) -> tuple[list[int], Tensor]:
-        """Rows for each rank [G], and rows on the CPU from each rank for each local expert, [ETP, G, E / G].
+    def _record_traffic(
+        self, kept: Tensor, sent: list[int], capacity: int | None, hidden_states: Tensor, probs: Tensor
+    ) -> None:
+        """Say to the metrics what this pass sends: rows, a weight with each, and each rank's counts (all in one node).
+
+        Args: kept [G, E / G] on the CPU, the routes of each expert; `sent`, its sums by rank.
+        """
+        traffic = flat_traffic(
+            sent,
+            rank=self.ep_group.rank(),
+            node_of_rank=[0] * self.ep_size,
+            row_bytes=hidden_states.shape[-1] * hidden_states.element_size(),
+            bytes_per_route=probs.element_size(),
+            bytes_per_rank=self.num_local_experts * kept.element_size(),
+            padded_rows=kept.numel() * (int(kept.max()) if capacity is None else capacity),
+        )
+        record_traffic(self.layer_number, traffic)
+
+    def _exchange_counts(self, tokens_per_expert: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows on the CPU: for each expert [G, E / G], and from each rank for each local expert [ETP, G, E / G].
 
         The latter are those that each of the ETP expert-tensor-parallel ranks receives.
         """
@@ -156,7 +181,7 @@ class AllToAllDispatcher(MoETokenDispatcher):
             everywhere = received.new_empty(self.tp_size * self.ep_size, self.num_local_experts)
             dist.all_gather_into_tensor(everywhere, received.contiguous(), group=self.tp_group)
         both = torch.cat([sent, everywhere]).cpu()  # the one host synchronisation of a pass
-        return both[: self.ep_size].sum(dim=1).tolist(), both[self.ep_size :].view(self.tp_size, *sent.shape)
+        return both[: self.ep_size], both[self.ep_size :].view(self.tp_size, *sent.shape)
 
     def _expert_major_order(
         self, received: Tensor, device: torch.device
