@@ -228,7 +228,8 @@ def test_dropping_needs_a_capacity(option):
 
 
 @pytest.mark.parametrize(
-    "changes", [{"xmoe_min_capacity": 4}, {"xmoe_combine_weights": "logits"}, {"xmoe_group_score": "max"}]
+    "changes", [{"xmoe_min_capacity": 4}, {"xmoe_combine_weights": "logits"}, {"xmoe_group_score": "max"},
+     {"xmoe_ranks_per_node": "2"}]
 )
 def test_options_of_our_layer_need_it(changes):
     (option,) = changes

@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import accumulate
 
-import harness
 import pytest
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -24,6 +23,27 @@ def one_of(world_size: int, rank: int) -> Iterator[None]:
         yield
     finally:
         dist.destroy_process_group()
+
+
+@contextmanager
+def layout_of(world_size: int, rank: int, order: str, tp=1, pp=1, cp=1, ep=1, etp=1) -> Iterator[None]:
+    """Megatron's process groups of a rank."""
+    from megatron.core import parallel_state
+
+    with one_of(world_size, rank):
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=tp,
+            pipeline_model_parallel_size=pp,
+            context_parallel_size=cp,
+            expert_model_parallel_size=ep,
+            expert_tensor_parallel_size=etp,
+            order=order,
+            create_gloo_process_groups=False,  # these would look for the other ranks
+        )
+        try:
+            yield
+        finally:
+            parallel_state.destroy_model_parallel()
 
 
 @pytest.mark.parametrize(
@@ -92,7 +112,7 @@ def test_nodes_of_a_layout(world, sizes, layout, order):
     starts = [0, *accumulate(sizes)]
     seen: dict[tuple[int, ...], set[tuple[int, ...]]] = {}
     for rank in range(world):
-        with one_of(world, rank), harness.model_parallel(**layout, order=ORDERS[order]):
+        with layout_of(world, rank, ORDERS[order], **layout):
             group = parallel_state.get_expert_model_parallel_group()
             ranks = dist.get_process_group_ranks(group)
             found = node_topology(group, ",".join(map(str, sizes)))
@@ -119,8 +139,7 @@ def test_groups_of_both_placements(pp, etp):
     def groups(order):
         found = []
         for rank in range(16):
-            layout = {"tp": 2, "ep": 2, "pp": pp, "etp": etp, "order": order}
-            with one_of(16, rank), harness.model_parallel(**layout):
+            with layout_of(16, rank, order, tp=2, ep=2, pp=pp, etp=etp):
                 found.append({name: dist.get_process_group_ranks(get()) for name, get in getters.items()})
         return found
 
