@@ -79,7 +79,9 @@ class NodeTopology:
         """Only the members take part: a plain new_group waits for the world, where not every rank has such layers.
 
         torch then derives the group's name from its ranks and from how many groups this process has. So every rank of
-        the expert-parallel group makes exactly one group for a topology, alone on its node or not.
+        the expert-parallel group makes exactly one group for a topology, alone on its node or not. NCCL would split the
+        world's communicator, and wait for all its ranks again, if a device had been bound to the world
+        (init_process_group's device_id); Megatron binds none.
         """
         global_ranks = dist.get_process_group_ranks(self.ep_group)
         return dist.new_group(
@@ -185,9 +187,9 @@ def _launchers_word() -> tuple[str | None, str | None]:
     if "TORCHELASTIC_RUN_ID" in environment and "GROUP_RANK" in environment:
         return "torchrun's GROUP_RANK", environment["GROUP_RANK"]
     # a shell in an allocation hands its own SLURM_NODEID down to whatever it starts: only srun's tasks have their rank
-    if "SLURM_NODEID" in environment and "RANK" in environment:
-        if environment.get("SLURM_PROCID") == environment["RANK"]:
-            return "srun's SLURM_NODEID", environment["SLURM_NODEID"]
+    started_by_srun = "RANK" in environment and environment.get("SLURM_PROCID") == environment["RANK"]
+    if "SLURM_NODEID" in environment and started_by_srun:
+        return "srun's SLURM_NODEID", environment["SLURM_NODEID"]
     return None, None
 
 

@@ -22,8 +22,8 @@ class Choice:
 def network_rows(node_of: tuple[int, ...], topk: int, num_experts: int) -> tuple[float, float]:
     """Rows that a token sends to other nodes on average, if routing is uniform: plainly, and one per node.
 
-    With n equal nodes the latter is D * (n - 1) / n, D = n * (1 - C(E - E/n, K) / C(E, K)), the number of distinct nodes
-    of a token (paper, section 4.2). Nodes of other sizes count with their own numbers of experts and tokens.
+    With n equal nodes the latter is D * (n - 1) / n, where D = n * (1 - C(E - E/n, K) / C(E, K)) is the number of nodes
+    that a token reaches (paper, section 4.2). Unequal nodes count with their own numbers of experts and tokens.
 
     Args:
         node_of: [G] node of each rank of the expert-parallel group; every rank has E / G experts and as many tokens.

@@ -10,7 +10,10 @@ DP_FIRST = "--xmoe-ep-placement dp-first".split()
 
 @pytest.fixture(
     scope="module",
-    params=[pytest.param("", id="plain", marks=pytest.mark.slow), pytest.param("--use-distributed-optimizer", id="sharded")],
+    params=[
+        pytest.param("", id="plain", marks=pytest.mark.slow),
+        pytest.param("--use-distributed-optimizer", id="distributed optimizer"),
+    ],
 )
 def runs(request, tmp_path_factory):
     """EP2 and two replicas of each expert on four processes, in both placements: options, runs, directories."""

@@ -33,7 +33,13 @@ def test_equal_nodes_follow_the_closed_form(n, topk, experts):
 
 @pytest.mark.parametrize(
     ("node_of", "topk", "experts"),
-    [(nodes(3, 5), 3, 16), (nodes(1, 1, 2), 2, 8), ((0, 1, 0, 1, 1, 0), 4, 12), (nodes(2, 2), 1, 8), (nodes(2, 6), 8, 8)],
+    [
+        (nodes(3, 5), 3, 16),
+        (nodes(1, 1, 2), 2, 8),
+        ((0, 1, 0, 1, 1, 0), 4, 12),
+        (nodes(2, 2), 1, 8),
+        (nodes(2, 6), 8, 8),
+    ],
 )
 def test_prediction_is_what_uniform_routing_gives(node_of, topk, experts):
     """Counted over many random tokens of every rank."""
