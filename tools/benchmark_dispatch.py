@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
 """Times the dispatchers, alltoall against rbd, and counts what they put on the wire. Start it with torchrun.
 
-For every shape and division into nodes: rows and bytes that a rank sends to other nodes and to other ranks of its node
-in dispatch and combine, predicted for uniform routing and counted from the exchanges' split sizes; exchanges of the
-forward and of the backward pass; median times in ms of dispatch, combine and their backward, the slowest rank's; the
-time of each stage of a pass without overlap. With --layer the whole layer with grouped experts: forward, and forward
-with backward.
+For every shape and division into nodes, a rank's average, predicted for uniform routing and counted from the exchanges'
+split sizes: rows that it sends to other nodes and to other ranks of its node, one way; bytes of dispatch and combine
+together; bytes of metadata for each route. Then the number of exchanges of the forward and of the backward pass, the
+median times of dispatch, combine and their backward, the slowest rank's, and the time of each stage in passes whose
+exchanges run one by one. With --layer the whole layer with grouped experts: forward, and forward with backward.
 
-It fails if the dispatchers' outputs or gradients differ, or if a dispatcher sends other rows between nodes than its
+It fails if the dispatchers' outputs or gradients differ, or if a dispatcher returns other rows between nodes than its
 routes demand: every route to another node (alltoall), every (token, other node) pair (rbd).
 
 --emulate-nodes lets NCCL believe that the GPUs of this host are spread over nodes: it uses NVLink inside such a node

@@ -68,7 +68,7 @@ class Pass:
     """Medians, the slowest rank's."""
 
 
-def build_layer(setting: Setting, dispatcher: str, ffn: int, **options) -> XMoELayer:
+def build_layer(setting: Setting, dispatcher: str, ffn: int) -> XMoELayer:
     """A layer with grouped experts of FFN size `ffn`; every call gives the same weights."""
     on_cpu = setting.device.type == "cpu"
     model_parallel_cuda_manual_seed(SEED, force_reset_rng=True)
@@ -82,7 +82,7 @@ def build_layer(setting: Setting, dispatcher: str, ffn: int, **options) -> XMoEL
         use_cpu_initialization=on_cpu, expert_model_parallel_size=setting.ep_size, hidden_dropout=0.0,
     )  # fmt: skip
     xmoe = XMoEConfig(
-        moe_backend="xmoe", xmoe_dispatcher=dispatcher, xmoe_ranks_per_node=setting.ranks_per_node, **options
+        moe_backend="xmoe", xmoe_dispatcher=dispatcher, xmoe_ranks_per_node=setting.ranks_per_node
     )
     submodules = get_moe_module_spec(use_te=False, num_experts=setting.experts).keywords["submodules"]
     layer = XMoELayer(config, submodules=replace(submodules, experts=XMoEGroupedMLP), layer_number=1, xmoe=xmoe)
@@ -167,13 +167,13 @@ def _times_of_a_pass(dispatching: Span, combining: Span, backward: Span) -> dict
 
 
 def measure_stages(setting: Setting, dispatchers: dict, node_of: dict[int, int], repeat: Repeat) -> dict[str, dict]:
-    """Times of each stage of dispatch and combine."""
+    """Times of each stage of dispatch and combine, in passes that overlap nothing."""
     x, _ = random_input(setting)
     probs, routing_map = uniform_routes(setting)
 
     def noting(dispatcher):
         def run():
-            wire = Wire(node_of, setting.hidden_size, setting.device)
+            wire = Wire(node_of, setting.hidden_size, setting.device, one_by_one=True)
             with wire.listening():
                 run_parts(dispatcher, x, probs, routing_map, wire)
             return lambda: stage_times(wire)
@@ -220,7 +220,7 @@ def timed(setting: Setting, calls: dict[str, Callable], repeat: Repeat) -> dict[
                 found[name].append(times())
     return {
         name: {
-            what: slowest(statistics.median(times[what] for times in passes), setting.device) for what in passes[0]
+            what: largest(statistics.median(times[what] for times in passes), setting.device) for what in passes[0]
         }
         for name, passes in found.items()
     }
@@ -269,8 +269,8 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def slowest(value: float, device: torch.device) -> float:
-    """The largest value of all ranks."""
+def largest(value: float, device: torch.device) -> float:
+    """The largest of all ranks' values."""
     return _reduced(value, dist.ReduceOp.MAX, device)
 
 

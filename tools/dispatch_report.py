@@ -12,10 +12,10 @@ from dispatch_cases import (
     average,
     build_layer,
     count_syncs,
+    largest,
     measure_dispatch,
     measure_layer,
     measure_stages,
-    slowest,
     uniform_routes,
 )
 from dispatch_wire import COMBINE, DISPATCH, STAGES
@@ -61,23 +61,16 @@ def _dispatch_and_combine(setting: Setting, topology: NodeTopology, args: Namesp
     bypassing = topology.num_nodes > 1 and max(topology.node_sizes) > 1
     plain, once = network_rows(topology.node_of, setting.topk, setting.experts)
     pairs, routes = _demanded_rows(setting, topology)
-    passes = measure_dispatch(setting, _dispatchers(setting), node_of, args.repeat)
-    stages = measure_stages(setting, _dispatchers(setting, xmoe_rbd_overlap=False), node_of, args.repeat)
+    dispatchers = {name: build_layer(setting, name, ONLY_DISPATCH_FFN).token_dispatcher for name in DISPATCHERS}
+    passes = measure_dispatch(setting, dispatchers, node_of, args.repeat)
+    stages = measure_stages(setting, dispatchers, node_of, args.repeat)
     for name, result in passes.items():
-        demanded = pairs if name == "rbd" and bypassing else routes
-        for way, parts in (("dispatch", DISPATCH), ("combine", COMBINE)):
-            # the way back carries what other ranks' tokens sent here
-            sent = average(result.wire.total("inter_rows", parts), setting.device)
-            expected = average(demanded, setting.device)
-            if sent != expected:
-                record["problems"].append(f"{name}: {sent} rows a rank between nodes in {way}, not {expected}")
-        record[name] = _figures(setting, result, once if name == "rbd" and bypassing else plain)
-        record[name]["stages"] = stages[name]
+        bypasses = name == "rbd" and bypassing
+        record[name] = _figures(setting, result, once if bypasses else plain) | {"stages": stages[name]}
+        sent, expected = record[name]["inter_rows"], average(pairs if bypasses else routes, setting.device)
+        if sent != expected:
+            record["problems"].append(f"{name}: a rank sends {sent} rows to other nodes in combine, not {expected}")
     return passes
-
-
-def _dispatchers(setting: Setting, **options) -> dict:
-    return {name: build_layer(setting, name, ONLY_DISPATCH_FFN, **options).token_dispatcher for name in DISPATCHERS}
 
 
 def _demanded_rows(setting: Setting, topology: NodeTopology) -> tuple[int, int]:
@@ -92,36 +85,39 @@ def _demanded_rows(setting: Setting, topology: NodeTopology) -> tuple[int, int]:
 
 
 def _figures(setting: Setting, result: Pass, rows_a_token: float) -> dict:
-    """Averages over ranks of what was sent in dispatch and combine, and times."""
-    both = DISPATCH + COMBINE
-    row_bytes = setting.hidden_size * setting.dtype.itemsize
-    figures = {
-        name: average(result.wire.total(name, both), setting.device)
-        for name in ("inter_rows", "intra_rows", "inter_bytes", "intra_bytes")
-    }
-    predicted = 2 * rows_a_token * setting.tokens
-    return figures | {
+    """A rank's average: rows of the way back, which carries nothing else; bytes of both ways; times."""
+
+    def total(figure, parts):
+        return average(result.wire.total(figure, parts), setting.device)
+
+    rows = {name: total(name, COMBINE) for name in ("inter_rows", "intra_rows")}
+    both = {name: total(name, DISPATCH + COMBINE) for name in ("inter_bytes", "intra_bytes")}
+    back = total("inter_bytes", COMBINE) + total("intra_bytes", COMBINE)
+    predicted = rows_a_token * setting.tokens
+    return rows | both | {
         "predicted_inter_rows": predicted,
-        "predicted_inter_bytes": predicted * row_bytes,
-        "exchanges_forward": len(result.wire.exchanges),
-        "exchanges_backward": len(result.backward_wire.exchanges),
+        "predicted_inter_bytes": 2 * predicted * setting.hidden_size * setting.dtype.itemsize,
+        "metadata_bytes_a_route": (sum(both.values()) - 2 * back) / (setting.tokens * setting.topk),
+        "exchanges_forward": int(largest(len(result.wire.exchanges), setting.device)),
+        "exchanges_backward": int(largest(len(result.backward_wire.exchanges), setting.device)),
         "milliseconds": result.milliseconds,
     }
 
 
 def _tell_traffic(setting: Setting, record: dict, say: Callable) -> None:
     say(
-        f"{'':10}{'rows to other nodes':>30}{'to its own':>12}{'MB to other nodes':>24}{'to its own':>12}"
-        f"{'exchanges':>11}{'dispatch':>10}{'combine':>9}{'both':>9}{'backward':>10}",
-        f"{'':10}{'predicted':>15}{'counted':>15}{'':>12}{'predicted':>12}{'counted':>12}",
+        f"{'':10}{'rows to other nodes':>26}{'to its own':>12}{'MB to other nodes':>22}{'to its own':>12}"
+        f"{'metadata':>10}{'exchanges':>11}{'dispatch':>11}{'combine':>10}{'both':>10}{'backward':>10}",
+        f"{'':10}{'predicted':>13}{'counted':>13}{'':>12}{'predicted':>11}{'counted':>11}{'':>12}{'B/route':>10}"
+        f"{'fwd + bwd':>11}{'ms':>11}{'ms':>10}{'ms':>10}{'ms':>10}",
     )
     for name in DISPATCHERS:
         f, ms = record[name], record[name]["milliseconds"]
         say(
-            f"{name:10}{f['predicted_inter_rows']:15.1f}{f['inter_rows']:15.1f}{f['intra_rows']:12.1f}"
-            f"{f['predicted_inter_bytes'] / 1e6:12.3f}{f['inter_bytes'] / 1e6:12.3f}{f['intra_bytes'] / 1e6:12.3f}"
-            f"{f['exchanges_forward']:6} + {f['exchanges_backward']:2}"
-            f"{ms['dispatch']:10.3f}{ms['combine']:9.3f}{ms['both']:9.3f}{ms['backward']:10.3f}"
+            f"{name:10}{f['predicted_inter_rows']:13.1f}{f['inter_rows']:13.1f}{f['intra_rows']:12.1f}"
+            f"{f['predicted_inter_bytes'] / 1e6:11.3f}{f['inter_bytes'] / 1e6:11.3f}{f['intra_bytes'] / 1e6:12.3f}"
+            f"{f['metadata_bytes_a_route']:10.1f}{f['exchanges_forward']:7} + {f['exchanges_backward']}"
+            f"{ms['dispatch']:11.3f}{ms['combine']:10.3f}{ms['both']:10.3f}{ms['backward']:10.3f}"
         )
     _tell_ratio("dispatch and combine", *(record[name]["milliseconds"]["both"] for name in DISPATCHERS), say)
     say(f"{'stages, ms':32}" + "".join(f"{name:>10}" for name in DISPATCHERS))
@@ -155,7 +151,7 @@ def _compare(what: str, results: dict, tensors: Callable, setting: Setting, reco
     """Note a problem if rbd's tensors are not alltoall's, on any rank; NaN is a difference."""
     expected, found = (tensors(results[name]) for name in DISPATCHERS)
     errors = [_relative_rms_error(f, e) for f, e in zip(found, expected, strict=True)]
-    worst = slowest(max(errors), setting.device)
+    worst = largest(max(errors), setting.device)
     record[f"{what} error"] = worst
     if not worst <= TOLERANCES[setting.dtype]:
         record["problems"].append(f"{what} of rbd differ from alltoall's: relative RMS error {worst:.3g}")

@@ -68,13 +68,17 @@ class Exchange:
 class Wire:
     """Notes every all-to-all and the time of each part of a pass.
 
-    Args: node of each global rank; the hidden size, by which rows are told from metadata; device of the clock; whether
-        a group of one node's ranks is used for stages inside the node.
+    Rows are what is as wide as a hidden state. On the way to the experts some of them may hold metadata.
     """
 
     node_of: dict[int, int]
+    """Node of each global rank of the expert-parallel group."""
+
     hidden_size: int
     device: torch.device
+    one_by_one: bool = False
+    """Wait for every exchange where it is started, so that its time is its own."""
+
     exchanges: list[Exchange] = field(default_factory=list)
     spans: dict[str, Span] = field(default_factory=dict)
     part: str = ""
@@ -95,6 +99,8 @@ class Wire:
         def noted(output, input, output_split_sizes=None, input_split_sizes=None, group=None, async_op=False):
             span = Span(self.device)
             result = exchange(output, input, output_split_sizes, input_split_sizes, group, async_op)
+            if self.one_by_one and async_op:
+                result.wait()
             span.stop()
             self.exchanges.append(self._note(input, input_split_sizes, group, span))
             return result
@@ -149,7 +155,7 @@ STAGES = (
 
 
 def stage_times(wire: Wire) -> dict[str, float]:
-    """Milliseconds of each stage of a forward pass whose exchanges ran one after the other.
+    """Milliseconds of each stage of a forward pass whose exchanges ran one by one.
 
     The plain dispatcher has one exchange for rows; it is counted as between nodes, wherever the rows go.
     """
