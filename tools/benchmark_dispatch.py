@@ -28,9 +28,11 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from command_line import OneLineErrorParser, UserError, finished_files, positive_number, run_tool
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works without an installation, too
+TOOLS = Path(__file__).resolve().parent
+sys.path[:0] = [str(TOOLS), str(TOOLS.parent)]  # works without an installation, too
+
+from command_line import OneLineErrorParser, UserError, finished_files, positive_number, run_tool  # noqa: E402
 
 PROG = "tools/benchmark_dispatch.py"
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
