@@ -7,9 +7,19 @@ from torch import Tensor
 from megatron_xmoe.dispatch.base import PaddingFreeDispatcher
 from megatron_xmoe.dispatch.exchange import exchange_rows
 from megatron_xmoe.dispatch.state import AllToAllState
+from megatron_xmoe.metrics import flat_traffic, record_traffic, recording
 from megatron_xmoe.ops import gather_rows, gather_sum
+from megatron_xmoe.profiling import profiled
 
 
+@profiled(
+    dispatch_preprocess="permute",
+    token_dispatch="dispatch",
+    dispatch_postprocess="permute",
+    combine_preprocess="unpermute",
+    token_combine="combine",
+    combine_postprocess="unpermute",
+)
 class AllToAllDispatcher(PaddingFreeDispatcher):
     """Sends each routed row to the rank of its expert and sums the results per token. See PaddingFreeDispatcher."""
 
@@ -25,6 +35,8 @@ class AllToAllDispatcher(PaddingFreeDispatcher):
             self.shared_experts.pre_forward_comm(hidden_states)
         sent, received = self._exchange_counts(routes.tokens_per_expert)
         num_rows = int(sent.sum())
+        if recording():
+            self._record_traffic(sent, hidden_states, probs)
         self.state = AllToAllState(
             hidden_shape=hidden_states.shape,
             inverse=routes.inverse,
@@ -69,6 +81,22 @@ class AllToAllDispatcher(PaddingFreeDispatcher):
         return exchange_rows(
             rows, output_splits, input_splits, self.ep_group, self.guard, own_stream=self.use_nccl_stream
         )
+
+    def _record_traffic(self, sent: Tensor, hidden_states: Tensor, probs: Tensor) -> None:
+        """Tell the metrics what this pass sends: rows, a weight with each, and each rank's counts.
+
+        Args: sent [G, E / G] on the CPU, routes of each expert.
+        """
+        traffic = flat_traffic(
+            sent.sum(dim=1).tolist(),
+            rank=self.ep_rank,
+            node_of_rank=self.topology.node_of,
+            row_bytes=hidden_states.shape[-1] * hidden_states.element_size(),
+            bytes_per_route=probs.element_size(),
+            bytes_per_rank=self.num_local_experts * sent.element_size(),
+            padded_rows=self.padded_rows(sent, probs.shape[0]),
+        )
+        record_traffic(self.layer_number, traffic)
 
     def _exchange_counts(self, tokens_per_expert: Tensor) -> tuple[Tensor, Tensor]:
         """On the CPU: routes for each expert of each rank [G, E / G], and received ones, [ETP, G, E / G]."""

@@ -35,24 +35,24 @@ class PaddingFreeDispatcher(MoETokenDispatcher):
         num_local_experts: int,
         config: TransformerConfig,
         pg_collection: ProcessGroupCollection,
+        topology: NodeTopology,
         min_capacity: int = 0,
         guard: bool | None = None,
-        topology: NodeTopology | None = None,
     ) -> None:
         """Args are those of Megatron's dispatchers, and these.
 
         Args:
             pg_collection: has the groups `ep`, `expt_tp` and `tp_ep`.
+            topology: nodes of the expert-parallel group.
             min_capacity: smallest capacity of an expert.
             guard: exchanges of nothing are avoided; None does so on ROCm.
-            topology: nodes of the expert-parallel group; None where that is of no interest.
         """
         super().__init__(config=config, pg_collection=pg_collection)
         self.num_local_experts = num_local_experts
         self.min_capacity = min_capacity
         self.guard = guards_by_default() if guard is None else guard
         self.topology = topology
-        self.layer_number: int | None = None
+        self.layer_number: int | None = None  # in the model, from 1; the layer sets it
         self.state: DispatchState | None = None
 
     def capacity_of(self, num_tokens: int) -> int | None:
@@ -67,6 +67,14 @@ class PaddingFreeDispatcher(MoETokenDispatcher):
         """The router's choice [T, E] in expert order, less what is dropped."""
         config, capacity = self.config, self.capacity_of(routing_map.shape[0])
         return build_routes_from_map(routing_map, probs, config.moe_router_topk, capacity, config.moe_token_drop_policy)
+
+    def padded_rows(self, kept: Tensor, num_tokens: int) -> int:
+        """Rows of a buffer that pads each expert to the capacity, or without one to the largest expert's routes.
+
+        Args: kept, this rank's routes of each expert, on the CPU; its tokens.
+        """
+        capacity = self.capacity_of(num_tokens)
+        return kept.numel() * (int(kept.max()) if capacity is None else capacity)
 
     def of_tensor_ranks(self, received: Tensor) -> Tensor:
         """[ETP, G, E / G]: `received` [G, E / G], routes from each rank for each local expert, of each of the ETP

@@ -1,4 +1,4 @@
-"""Index arrays of redundancy bypassing: from a layout of buffers and what arrived as metadata to rows to gather and sum.
+"""Index arrays of redundancy bypassing: which rows to gather and to sum, from a layout and what arrived as metadata.
 
 All of it is arithmetic on small tables; nothing here communicates or waits for a device.
 Letters: T tokens, K routes per token, N routes sent, M routes received, F rows to forward, G ranks, R ranks of the

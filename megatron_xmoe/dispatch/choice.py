@@ -40,6 +40,20 @@ def network_rows(node_of: tuple[int, ...], topk: int, num_experts: int) -> tuple
     return plain, once
 
 
+def dispatcher_for(setting: str, node_of: tuple[int, ...], topk: int, num_experts: int) -> Choice:
+    """The dispatcher that a value of --xmoe-dispatcher means for a group: rbd only where there is something to bypass.
+
+    Args: the value, and those of `network_rows`.
+    """
+    choice = choose_dispatcher(node_of, topk, num_experts)
+    if setting == "auto":
+        return Choice(choice.dispatcher, f"auto: {choice.reason}")
+    nothing_to_bypass = len(set(node_of)) in (1, len(node_of))
+    if setting == "rbd" and nothing_to_bypass:
+        return Choice("alltoall", f"--xmoe-dispatcher rbd has nothing to bypass: {choice.reason}")
+    return Choice(setting, f"--xmoe-dispatcher {setting}")
+
+
 def choose_dispatcher(node_of: tuple[int, ...], topk: int, num_experts: int) -> Choice:
     """Redundancy-bypassing dispatch if it saves enough of the network's rows, the plain all-to-all otherwise.
 

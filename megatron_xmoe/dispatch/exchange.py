@@ -1,4 +1,4 @@
-"""Exchanges of rows between the ranks of a group, in one place: uneven, started early, and guarded where that is needed.
+"""Exchanges of rows between the ranks of a group, in one place: uneven, started early, and guarded where needed.
 
 RCCL can hang when a rank sends or receives nothing at all (paper, section 5.4). The guard has such a rank send itself
 one row that nobody reads. It decides that alone, from its own numbers, so it costs no communication.

@@ -15,12 +15,22 @@ from megatron_xmoe.dispatch.layout import Counts
 from megatron_xmoe.dispatch.pilots import Copies, PilotRule, Places, choose_copies, salt_of
 from megatron_xmoe.dispatch.raw_bits import wire_dtype
 from megatron_xmoe.dispatch.state import BypassState
+from megatron_xmoe.metrics import Traffic, record_traffic, recording
 from megatron_xmoe.ops import Routes
 from megatron_xmoe.parallel_state import NodeTopology
+from megatron_xmoe.profiling import profiled
 
 LARGEST_WORD = 2**31 - 1
 
 
+@profiled(
+    dispatch_preprocess="permute",
+    token_dispatch="dispatch",
+    dispatch_postprocess="permute",
+    combine_preprocess="unpermute",
+    token_combine="combine",
+    combine_postprocess="unpermute",
+)
 class RedundancyBypassDispatcher(PaddingFreeDispatcher):
     """Sends a token once to each other node and once to each rank of a node, and sums its results the same way back.
 
@@ -36,10 +46,9 @@ class RedundancyBypassDispatcher(PaddingFreeDispatcher):
         num_local_experts: int,
         config: TransformerConfig,
         pg_collection: ProcessGroupCollection,
+        topology: NodeTopology,
         min_capacity: int = 0,
         guard: bool | None = None,
-        *,
-        topology: NodeTopology,
         pilot: PilotRule = "balanced",
         overlap: bool = True,
     ) -> None:
@@ -50,7 +59,7 @@ class RedundancyBypassDispatcher(PaddingFreeDispatcher):
             pilot: "balanced" spreads pilots over a node's ranks by a hash; "first" takes the first that has an expert.
             overlap: what stays in the node, and shared experts, do not wait for what crosses the network.
         """
-        super().__init__(num_local_experts, config, pg_collection, min_capacity, guard, topology)
+        super().__init__(num_local_experts, config, pg_collection, topology, min_capacity, guard)
         self.pilot = pilot
         self.overlap = overlap
         self.links = Links(self.ep_group, topology.intra_group, self.guard)
@@ -83,6 +92,8 @@ class RedundancyBypassDispatcher(PaddingFreeDispatcher):
         on_cpu = torch.cat([sent, received, everywhere]).cpu()  # the one host synchronisation of a pass
         counts = self._counts(on_cpu, tokens, probs.dtype)
         num_routes = int(counts.routes[0].sum())
+        if recording():
+            record_traffic(self.layer_number, self._traffic(counts))
         plan = Plan(
             counts=counts,
             places=self.places,
@@ -163,6 +174,23 @@ class RedundancyBypassDispatcher(PaddingFreeDispatcher):
             weight_bytes=wire_dtype(probs_dtype).itemsize,
             sent=sent,
             received=received,
+        )
+
+    def _traffic(self, counts: Counts) -> Traffic:
+        remote = counts.places.node_of != counts.places.node_of[counts.places.rank]
+        other = torch.arange(self.ep_size) != self.ep_rank
+        rows, routes = counts.rows[0], counts.routes[0].sum(dim=1)
+        # besides meta rows, each rank gets its counts
+        metadata = counts.meta_rows[0] * counts.row_bytes + counts.sent.shape[1] * counts.sent.element_size()
+        return Traffic(
+            routes=int(routes.sum()),
+            routes_remote=int(routes[remote].sum()),
+            inter_rows=int(rows[remote].sum()),
+            intra_rows=int(rows[~remote].sum() + counts.lists[1].sum()),
+            row_bytes=counts.row_bytes,
+            inter_metadata=int(metadata[remote].sum()),
+            intra_metadata=int(metadata[~remote & other].sum()),
+            padded_rows=self.padded_rows(counts.routes[0], counts.tokens),
         )
 
     def _check_size(self, tokens: int, topk: int) -> None:
