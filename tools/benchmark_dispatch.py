@@ -149,7 +149,7 @@ def main(argv: list[str] | None = None) -> int:
     """Runs the benchmark; returns the exit code, 1 if something it checks does not hold."""
     args = parse(argv)
     start(args)
-    from dispatch_cases import Repeat
+    from dispatch_cases import Repeat, barrier
     from dispatch_report import measure
 
     args.repeat = Repeat(args.warm_up, args.iterations)
@@ -164,7 +164,7 @@ def main(argv: list[str] | None = None) -> int:
                    "emulated": args.emulate_nodes, "figures": records}  # fmt: skip
         with finished_files(args.json) as (unfinished,):
             Path(unfinished).write_text(json.dumps(content, indent=1) + "\n")
-    dist.barrier()
+    barrier(args.device)
     dist.destroy_process_group()
     return int(any(record["problems"] for record in records))
 

@@ -46,7 +46,7 @@ def print_report(xmoe: XMoEConfig, adjustments: list[str], stand_ins: int, repai
     if xmoe.moe_backend == "xmoe":
         kernels = kernels_in_use()
         lines += [
-            f"dispatcher   {_dispatcher(xmoe, args)}",
+            *(f"dispatcher   {line}" for line in _dispatchers(xmoe, args)),
             f"experts      {_experts(args)}",
             f"kernels      {kernels.name}: {kernels.reason}",
         ]
@@ -55,6 +55,7 @@ def print_report(xmoe: XMoEConfig, adjustments: list[str], stand_ins: int, repai
         f"device       {_device(stand_ins)}",
         f"repairs      {repairs} in Megatron-Core's wheel, listed in megatron_xmoe/platform/wheel.py",
         f"nodes        {nodes}",
+        *(f"placement    {line}" for line in _placement(xmoe, args)),
         *(f"groups       {line}" for line in _groups()),
         *(f"set for you  {line}" for line in adjustments),
     ]
@@ -72,11 +73,24 @@ def _backend(xmoe: XMoEConfig, args) -> str:
     return "megatron (dense model)"
 
 
-def _dispatcher(xmoe: XMoEConfig, args) -> str:
-    """Of rank 0's expert-parallel group; every rank calls it, because finding the nodes can need all of a group."""
+def _dispatchers(xmoe: XMoEConfig, args) -> list[str]:
+    """Of every expert-parallel group; they can differ where groups lie on nodes differently."""
     topology = node_topology(parallel_state.get_expert_model_parallel_group(), xmoe.xmoe_ranks_per_node)
     choice = dispatcher_for(xmoe.xmoe_dispatcher, topology.node_of, args.moe_router_topk, args.num_experts)
-    return f"{choice.dispatcher}: {DISPATCHERS[choice.dispatcher]} ({choice.reason}; nodes by {topology.source})"
+    text = f"{choice.dispatcher}: {DISPATCHERS[choice.dispatcher]} ({choice.reason}; nodes by {topology.source})"
+    texts: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(texts, text)
+    if len(set(texts)) == 1:
+        return [text]
+    return [f"on {ranks} processes {text}" for text, ranks in Counter(texts).items()]
+
+
+def _placement(xmoe: XMoEConfig, args) -> list[str]:
+    if not args.num_experts or (args.expert_model_parallel_size == 1 and xmoe.xmoe_ep_placement == "ep-first"):
+        return []
+    who = {"ep-first": "an expert-parallel group", "dp-first": "the replicas of an expert"}[xmoe.xmoe_ep_placement]
+    alone = "; with one expert-parallel rank there is no choice" if args.expert_model_parallel_size == 1 else ""
+    return [f"{xmoe.xmoe_ep_placement}: {who} on neighbouring ranks{alone}"]
 
 
 def _experts(args) -> str:

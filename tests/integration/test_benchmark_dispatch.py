@@ -35,6 +35,16 @@ def test_both_dispatchers_over_nodes(tmp_path):
         assert bypassing["stages"]["rows inside the node"] > 0
 
 
+def test_redundancy_is_the_closed_form(tmp_path):
+    """Enough uniformly routed tokens: within 1 %."""
+    figures = tmp_path / "figures.json"
+    options = "--device cpu --shapes 4096,8,64,4 --iterations 1 --warm-up 1 --ranks-per-node 2 1,3".split()
+    run_script(SCRIPT, *options, "--json", figures, processes=4)
+    for record in json.loads(figures.read_text())["figures"]:
+        assert record["redundancy"]["predicted"] > 0.6
+        assert record["redundancy"]["counted"] == pytest.approx(record["redundancy"]["predicted"], rel=0.01)
+
+
 def test_dtype_and_several_groups():
     options = "--dtype bf16 --expert-parallel-size 2 --ranks-per-node 1,2,1".split()
     job = run_script(SCRIPT, *SMALL, *options, processes=4)

@@ -2,6 +2,7 @@
 
 import importlib
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -140,3 +141,21 @@ def test_a_launcher_is_needed(wire, monkeypatch, capsys):
     tool = importlib.import_module("benchmark_dispatch")
     assert tool.run_tool(tool.PROG, tool.main, ["--device", "cpu"]) == 2
     assert "Fix: start it as torchrun" in capsys.readouterr().err
+
+
+def test_waits_are_counted(wire, monkeypatch):
+    """What torch warns of, and waiting for an event or for everything; other warnings are not waits."""
+    cases = importlib.import_module("dispatch_cases")
+    modes = []
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+    with cases._waits() as waits:
+        assert modes == ["warn"]
+        for _ in range(2):
+            warnings.warn("called a synchronizing CUDA operation (Triggered internally)", stacklevel=1)
+        warnings.warn("something else", stacklevel=1)
+        torch.cuda.synchronize()
+        torch.cuda.Event().synchronize()
+    assert len(waits) == 4 and modes == ["warn", "default"]
+    with cases._waits() as none:
+        torch.zeros(1)
+    assert none == []
