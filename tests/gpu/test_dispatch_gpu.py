@@ -1,4 +1,4 @@
-"""tools/benchmark_dispatch.py on GPUs: results, rows on the wire and host synchronisations, inside and between nodes."""
+"""tools/benchmark_dispatch.py on GPUs: results, rows on the wire, host synchronisations; in one node and over two."""
 
 import json
 import subprocess
