@@ -155,7 +155,7 @@ def dispatcher_of(case: Passage, kind: str, rank: int):
         num_layers=1, hidden_size=case.hidden, num_attention_heads=1, num_moe_experts=case.experts,
         moe_router_topk=case.topk, expert_model_parallel_size=len(case.node_of), add_bias_linear=False,
         moe_ffn_hidden_size=8, moe_token_dispatcher_type="alltoall", moe_expert_capacity_factor=case.capacity,
-        moe_router_load_balancing_type="none",
+        moe_router_load_balancing_type="none", moe_router_pre_softmax=True,
     )  # fmt: skip
     arguments = case.local, config, Groups, NodeTopology(case.node_of, rank, "said", Groups.ep), 0, case.guard
     if kind == "rbd":

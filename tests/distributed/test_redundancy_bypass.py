@@ -166,7 +166,8 @@ def test_guarded_ranks_always_exchange_something(computed):
 
 def rows_of(passes) -> list:
     """The exchanges of rows in passes, those of counts left out."""
-    return [call for one in passes for part in ("forward", "backward") for call in one[part][0] if call.sent is not None]
+    calls = [call for one in passes for part in ("forward", "backward") for call in one[part][0]]
+    return [call for call in calls if call.sent is not None]
 
 
 @pytest.mark.slow
