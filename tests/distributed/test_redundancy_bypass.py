@@ -9,7 +9,7 @@ import harness
 import pytest
 import torch
 from bypass_cases import B, Passage, input_of, oracle, run_passages
-from tolerances import assert_close, assert_same
+from tolerances import RELATIVE_RMS, assert_close, assert_same, relative_rms_error
 
 UNEVEN = (3, 1, 5, 2)
 TWO, INTERLEAVED, THREE_ONE, SINGLES = (0, 0, 1, 1), (0, 1, 0, 1), (0, 0, 0, 1), (0, 1, 2, 3)
@@ -61,7 +61,10 @@ def check_gradients(case: Passage, ranks: list[dict]) -> None:
         for name in ("arrived", "weights", "per_expert"):
             assert_same(rbd[name], plain[name])
         for name in ("output", "x", "probs", "matrices"):
-            assert_close(rbd[name], plain[name])
+            if case.dtype == torch.bfloat16:  # sums are rounded at the experts, in the node and at the token
+                assert relative_rms_error(rbd[name], plain[name]) < 2 * RELATIVE_RMS[torch.bfloat16]
+            else:
+                assert_close(rbd[name], plain[name])
     if case.capacity is not None or case.dtype == torch.bfloat16 or sum(case.lengths) > 100:
         return  # the oracle drops nothing, its inputs are in fp64, and it is slow
     expected, matrices = oracle(case, [input_of(case, rank) for rank in range(len(ranks))])
@@ -131,14 +134,11 @@ def test_share_of_rows_is_the_closed_form():
 
 
 def test_pilots_are_spread(computed):
-    """Rows to the ranks of another node differ by chance only; with the first rank chosen they do not."""
+    """Rows to the ranks of another node differ by chance only."""
     rows = torch.stack([result["rbd"]["rows"] for result in computed[COUNTED]])
     for source, (first, second) in enumerate(((2, 3), (2, 3), (0, 1), (0, 1))):
         share = rows[source, first] / (rows[source, first] + rows[source, second])
         assert abs(share - 0.5) < 0.05
-    chosen = next(case for case in CASES if case.pilot == "first")
-    rows = torch.stack([result["rbd"]["rows"] for result in computed[chosen]])
-    assert rows[0, 1] > rows[0, 3]
 
 
 @pytest.mark.parametrize("case", RECOMPUTED, ids=str)
