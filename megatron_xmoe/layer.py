@@ -10,9 +10,12 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_xmoe.config import XMoEConfig
-from megatron_xmoe.dispatch import AllToAllDispatcher
+from megatron_xmoe.dispatch import AllToAllDispatcher, RedundancyBypassDispatcher
+from megatron_xmoe.dispatch.base import PaddingFreeDispatcher
+from megatron_xmoe.dispatch.choice import dispatcher_for
 from megatron_xmoe.experts import XMoEGroupedMLP
 from megatron_xmoe.metrics import count_routes
+from megatron_xmoe.parallel_state import node_topology
 from megatron_xmoe.profiling import profiled
 from megatron_xmoe.routing import BestOfGroup, raw_logits
 
@@ -50,9 +53,7 @@ class XMoELayer(MoELayer):
         if self.xmoe.xmoe_group_score == "max":
             self.router.router_replay = BestOfGroup()
         # MoELayer builds one of its own dispatchers and has no seam for another
-        self.token_dispatcher = AllToAllDispatcher(
-            self.num_local_experts, config, pg_collection, self.xmoe.xmoe_min_capacity
-        )
+        self.token_dispatcher = self._build_dispatcher(pg_collection)
         self.token_dispatcher.layer_number = self._number_in_model
         if self.shared_expert_overlap:
             self.token_dispatcher.set_shared_experts(self.shared_experts)
@@ -60,6 +61,20 @@ class XMoELayer(MoELayer):
             # the dispatcher drops while it sorts, so the router, whose dropping is O(T * E), must not
             self.router.config = copy.copy(self.router.config)
             self.router.config.moe_expert_capacity_factor = None
+
+    def _build_dispatcher(self, pg_collection: ProcessGroupCollection) -> PaddingFreeDispatcher:
+        xmoe, config = self.xmoe, self.config
+        topology = node_topology(pg_collection.ep, xmoe.xmoe_ranks_per_node)
+        choice = dispatcher_for(
+            xmoe.xmoe_dispatcher, topology.node_of, config.moe_router_topk, config.num_moe_experts
+        )
+        guard = {"auto": None, "on": True, "off": False}[xmoe.xmoe_guard_empty_alltoall]
+        arguments = (self.num_local_experts, config, pg_collection, topology, xmoe.xmoe_min_capacity, guard)
+        if choice.dispatcher == "rbd":
+            return RedundancyBypassDispatcher(
+                *arguments, pilot=xmoe.xmoe_pilot, overlap=xmoe.xmoe_rbd_overlap == "on"
+            )
+        return AllToAllDispatcher(*arguments)
 
     def set_layer_number(self, layer_number: int) -> None:
         """Megatron says the layer's number once it is built; the dispatcher gets the number in the whole model."""

@@ -10,7 +10,7 @@ import traceback
 import warnings
 from collections.abc import Callable
 
-from megatron_xmoe.platform import cpu, wheel
+from megatron_xmoe.platform import cpu, placement, wheel
 from megatron_xmoe.training.errors import UsageError, is_users, one_line
 
 
@@ -82,6 +82,8 @@ def prepare(on_cpu: bool, stand_ins: int, repairs: int, run: Callable | None = N
 
     xmoe = xmoe_config_from_args(args)
     model_config = gpt_config_from_args(args)
+    if xmoe.xmoe_ep_placement == "dp-first":
+        placement.install_dp_first()
     apply_moe_backend(model_config, xmoe, _stock_spec(model_config.transformer_layer_spec))
 
     def report(model_chunks):

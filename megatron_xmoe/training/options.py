@@ -8,7 +8,8 @@ from megatron_xmoe.training.option_table import LIMITED, REFUSED, SPELLINGS, UNA
 SCRIPT = "pretrain_xmoe.py"
 OF_OUR_LAYER = frozenset(
     """
-    xmoe_min_capacity xmoe_combine_weights xmoe_group_score
+    xmoe_min_capacity xmoe_combine_weights xmoe_group_score xmoe_ranks_per_node
+    xmoe_dispatcher xmoe_pilot xmoe_rbd_overlap xmoe_guard_empty_alltoall
     xmoe_grouped_gemm xmoe_recompute_activation xmoe_gradient_accumulation_fusion
     xmoe_metrics xmoe_profile_breakdown
     """.split()

@@ -11,8 +11,10 @@ from megatron.training import get_args, print_rank_0
 
 from megatron_xmoe import _optional
 from megatron_xmoe.config import XMoEConfig
+from megatron_xmoe.dispatch.choice import dispatcher_for
 from megatron_xmoe.kernels.grouped_gemm import choose_grouped_gemm
 from megatron_xmoe.kernels.registry import kernels_in_use, triton_is_usable
+from megatron_xmoe.parallel_state import node_topology
 from megatron_xmoe.specs import uses_torch_attention
 from megatron_xmoe.version import __version__
 
@@ -23,6 +25,10 @@ GROUPS = (
     ("expert", parallel_state.get_expert_model_parallel_group),
     ("expert-data", parallel_state.get_expert_data_parallel_group),
 )
+DISPATCHERS = {
+    "alltoall": "one uneven all-to-all of routed rows, no padding",
+    "rbd": "one row per token and node between nodes, no padding",
+}
 
 
 def print_report(xmoe: XMoEConfig, adjustments: list[str], stand_ins: int, repairs: int) -> None:
@@ -40,7 +46,7 @@ def print_report(xmoe: XMoEConfig, adjustments: list[str], stand_ins: int, repai
     if xmoe.moe_backend == "xmoe":
         kernels = kernels_in_use()
         lines += [
-            "dispatcher   alltoall: one uneven all-to-all of routed rows, no padding",
+            *(f"dispatcher   {line}" for line in _dispatchers(xmoe, args)),
             f"experts      {_experts(xmoe, args)}",
             f"kernels      {kernels.name}: {kernels.reason}",
         ]
@@ -49,6 +55,7 @@ def print_report(xmoe: XMoEConfig, adjustments: list[str], stand_ins: int, repai
         f"device       {_device(stand_ins)}",
         f"repairs      {repairs} in Megatron-Core's wheel, listed in megatron_xmoe/platform/wheel.py",
         f"nodes        {nodes}",
+        *(f"placement    {line}" for line in _placement(xmoe, args)),
         *(f"groups       {line}" for line in _groups()),
         *(f"set for you  {line}" for line in adjustments),
     ]
@@ -64,6 +71,26 @@ def _backend(xmoe: XMoEConfig, args) -> str:
     if args.num_experts:
         return f"megatron (MoELayer, {args.moe_token_dispatcher_type} dispatcher); --moe-backend xmoe changes that"
     return "megatron (dense model)"
+
+
+def _dispatchers(xmoe: XMoEConfig, args) -> list[str]:
+    """Of every expert-parallel group; they can differ where groups lie on nodes differently."""
+    topology = node_topology(parallel_state.get_expert_model_parallel_group(), xmoe.xmoe_ranks_per_node)
+    choice = dispatcher_for(xmoe.xmoe_dispatcher, topology.node_of, args.moe_router_topk, args.num_experts)
+    text = f"{choice.dispatcher}: {DISPATCHERS[choice.dispatcher]} ({choice.reason}; nodes by {topology.source})"
+    texts: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(texts, text)
+    if len(set(texts)) == 1:
+        return [text]
+    return [f"on {ranks} processes {text}" for text, ranks in Counter(texts).items()]
+
+
+def _placement(xmoe: XMoEConfig, args) -> list[str]:
+    if not args.num_experts or (args.expert_model_parallel_size == 1 and xmoe.xmoe_ep_placement == "ep-first"):
+        return []
+    who = {"ep-first": "an expert-parallel group", "dp-first": "the replicas of an expert"}[xmoe.xmoe_ep_placement]
+    alone = "; with one expert-parallel rank there is no choice" if args.expert_model_parallel_size == 1 else ""
+    return [f"{xmoe.xmoe_ep_placement}: {who} on neighbouring ranks{alone}"]
 
 
 def _experts(xmoe: XMoEConfig, args) -> str:

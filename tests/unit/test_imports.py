@@ -53,6 +53,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "platform": ("torch", "megatron.core.package_info"),
     "training": (
         *("torch", "numpy", "megatron.core", "megatron.training"),
+        *ours("dispatch.choice", "parallel_state"),  # for the start-up report, which says why
         *ours("backend", "specs", "metrics", "platform", "kernels", "profiling", "checkpoint", *LEAVES),
     ),
     "checkpoint": (

@@ -235,6 +235,7 @@ def test_dropping_needs_a_capacity(option):
         {"xmoe_group_score": "max"},
         {"xmoe_metrics": "layers"},
         {"xmoe_profile_breakdown": True},
+        {"xmoe_ranks_per_node": "2"},
     ],
 )
 def test_options_of_our_layer_need_it(changes):
