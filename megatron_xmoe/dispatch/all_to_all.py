@@ -5,7 +5,9 @@ import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import (
     all_to_all,
+    copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
+    reduce_from_tensor_model_parallel_region,
     reduce_scatter_to_sequence_parallel_region,
 )
 from megatron.core.transformer.moe.token_dispatcher import MoETokenDispatcher
@@ -25,8 +27,9 @@ class AllToAllDispatcher(MoETokenDispatcher):
     A pass has one host synchronisation, for the split sizes of the exchange.
 
     Where experts are sharded over expert-tensor-parallel ranks, these first gather each other's rows, and their partial
-    results are summed and scattered back. Megatron's shared experts can be computed during the exchanges
-    (`set_shared_experts`).
+    results are summed and scattered back. Where these ranks hold the same tokens, each has all rows already, and the
+    partial results are only summed. Megatron's shared experts can be computed during the exchanges
+    (`set_shared_experts`); the layer begins and ends them.
     """
 
     def __init__(
@@ -35,14 +38,18 @@ class AllToAllDispatcher(MoETokenDispatcher):
         config: TransformerConfig,
         pg_collection: ProcessGroupCollection,
         min_capacity: int = 0,
+        copied_to_shards: bool = False,
     ) -> None:
         """Args are those of Megatron's dispatchers, and the smallest capacity of an expert.
 
-        `pg_collection` has the groups `ep`, `expt_tp` and `tp_ep`.
+        `pg_collection` has the groups `ep`, `expt_tp` and `tp_ep`. `copied_to_shards`: the ranks of `expt_tp` hold
+        the same tokens.
         """
         super().__init__(config=config, pg_collection=pg_collection)
         self.num_local_experts = num_local_experts
         self.min_capacity = min_capacity
+        self.copied_to_shards = copied_to_shards and self.tp_size > 1
+        self.gathers = self.tp_size > 1 and not copied_to_shards
         self.state: DispatchState | None = None
 
     def dispatch_preprocess(
@@ -60,8 +67,6 @@ class AllToAllDispatcher(MoETokenDispatcher):
         routes = build_routes_from_map(
             routing_map, probs, config.moe_router_topk, capacity, config.moe_token_drop_policy
         )
-        if self.shared_experts is not None:  # before the host has to wait for the numbers
-            self.shared_experts.pre_forward_comm(hidden_states)
         sent, received = self._exchange_counts(routes.tokens_per_expert)
         num_rows = sum(sent)
         expert_order, arrival_order = self._expert_major_order(received.flatten(0, 1), hidden_states.device)
@@ -71,7 +76,7 @@ class AllToAllDispatcher(MoETokenDispatcher):
             token_ids=routes.token_ids[:num_rows],
             kept_per_expert=routes.tokens_per_expert,
             input_splits=sent,
-            output_splits=received[self.tp_rank].sum(dim=1).tolist(),
+            output_splits=received[self.tp_rank if self.gathers else 0].sum(dim=1).tolist(),
             tensor_splits=received.sum(dim=(1, 2)).tolist(),
             tokens_per_expert=received.sum(dim=(0, 1)),
             expert_order=expert_order,
@@ -93,8 +98,12 @@ class AllToAllDispatcher(MoETokenDispatcher):
 
     def dispatch_postprocess(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Returns rows [M, H] in expert order, rows of each local expert [E / G] (on the CPU) and weights [M]."""
-        if self.tp_size > 1:
+        if self.gathers:
             hidden_states, probs = (self._gather(hidden_states), self._gather(probs))
+        elif self.copied_to_shards:  # each rank's gradient is that of its share of the experts
+            hidden_states, probs = (
+                copy_to_tensor_model_parallel_region(x, group=self.tp_group) for x in (hidden_states, probs)
+            )
         order, inverse = self.state.expert_order, self.state.arrival_order
         if order is not None:
             hidden_states = gather_rows(hidden_states, order, inverse.unsqueeze(1))
@@ -106,10 +115,13 @@ class AllToAllDispatcher(MoETokenDispatcher):
         state = self.state
         if state.expert_order is not None:
             hidden_states = gather_rows(hidden_states, state.arrival_order, state.expert_order.unsqueeze(1))
-        if self.tp_size > 1:  # summed in the router's precision, as Megatron does
-            hidden_states = reduce_scatter_to_sequence_parallel_region(
-                hidden_states.to(state.probs_dtype), group=self.tp_group, input_split_sizes=state.tensor_splits
-            ).to(hidden_states.dtype)
+        dtype, precise = hidden_states.dtype, state.probs_dtype  # summed in the router's precision, as Megatron does
+        if self.gathers:
+            return reduce_scatter_to_sequence_parallel_region(
+                hidden_states.to(precise), group=self.tp_group, input_split_sizes=state.tensor_splits
+            ).to(dtype)
+        if self.copied_to_shards:
+            return reduce_from_tensor_model_parallel_region(hidden_states.to(precise), group=self.tp_group).to(dtype)
         return hidden_states
 
     def token_combine(self, hidden_states: Tensor) -> Tensor:
@@ -126,10 +138,7 @@ class AllToAllDispatcher(MoETokenDispatcher):
     def combine_postprocess(self, hidden_states: Tensor) -> Tensor:
         """Sum the rows of each token (the experts applied the weights already): [N, H] to [S, B, H]."""
         state, self.state = self.state, None
-        output = gather_sum(hidden_states, state.inverse, token_ids=state.token_ids).view(state.hidden_shape)
-        if self.shared_experts is not None:
-            output = output + self.shared_experts.get_output()
-        return output
+        return gather_sum(hidden_states, state.inverse, token_ids=state.token_ids).view(state.hidden_shape)
 
     def _send(self, rows: Tensor) -> Tensor:
         splits = self.state.output_splits, self.state.input_splits
@@ -144,7 +153,8 @@ class AllToAllDispatcher(MoETokenDispatcher):
     def _exchange_counts(self, tokens_per_expert: Tensor) -> tuple[list[int], Tensor]:
         """Rows for each rank [G], and rows on the CPU from each rank for each local expert, [ETP, G, E / G].
 
-        The latter are those that each of the ETP expert-tensor-parallel ranks receives.
+        The latter are those that each of the ETP expert-tensor-parallel ranks receives; ETP is 1 where none are
+        gathered.
         """
         sent = tokens_per_expert.view(self.ep_size, self.num_local_experts)
         received = sent
@@ -152,11 +162,11 @@ class AllToAllDispatcher(MoETokenDispatcher):
             received = torch.empty_like(sent)
             dist.all_to_all_single(received, sent.contiguous(), group=self.ep_group)
         everywhere = received
-        if self.tp_size > 1:
+        if self.gathers:
             everywhere = received.new_empty(self.tp_size * self.ep_size, self.num_local_experts)
             dist.all_gather_into_tensor(everywhere, received.contiguous(), group=self.tp_group)
         both = torch.cat([sent, everywhere]).cpu()  # the one host synchronisation of a pass
-        return both[: self.ep_size].sum(dim=1).tolist(), both[self.ep_size :].view(self.tp_size, *sent.shape)
+        return both[: self.ep_size].sum(dim=1).tolist(), both[self.ep_size :].view(-1, *sent.shape)
 
     def _expert_major_order(
         self, received: Tensor, device: torch.device

@@ -15,7 +15,7 @@ SOURCES = sorted((ROOT / PACKAGE).rglob("*.py"))
 
 LEAVES = ("config", "version", "_optional")
 OURS_BELOW_LAYERS = ("dispatch", "ops", "parallel_state", "metrics", "profiling", *LEAVES)
-LAYERS = ("layer", "experts", "sequence_shard", "norm", "qk_norm", "attention", "routing")
+LAYERS = ("layer", "experts", "sequence_shard", "shared_experts", "norm", "qk_norm", "attention", "routing")
 # the dispatcher's base class, and what its constructor and its exchange are made of
 DISPATCHER_BASE = (
     "megatron.core.transformer.moe.token_dispatcher",
