@@ -4,6 +4,7 @@ Weights and gradients travel as whole tensors, cut and put together by Megatron'
 sharded state dict), so that one process and any layout can be compared.
 """
 
+import logging
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
@@ -72,7 +73,7 @@ def config_of(case: Case, layout: Layout, sequence_parallel: bool, dtype: torch.
     options = {
         "moe_router_load_balancing_type": "aux_loss", "moe_aux_loss_coeff": 0.1, "moe_z_loss_coeff": 0.05,
         "moe_router_dtype": "fp64" if dtype == torch.float64 else "fp32",
-    } | dict(case.options)  # fmt: skip
+    } | {name: list(value) if isinstance(value, tuple) else value for name, value in case.options}  # fmt: skip
     return TransformerConfig(
         num_layers=1, hidden_size=H, num_attention_heads=4, num_moe_experts=EXPERTS, moe_router_topk=TOPK,
         moe_ffn_hidden_size=FFN, ffn_hidden_size=FFN, gated_linear_unit=True, activation_func=F.silu,
@@ -106,6 +107,8 @@ def build(case: Case, layout: Layout, mode: str, dtype: torch.dtype = torch.floa
     if case.gate_bias:
         for layer in block.layers:
             layer.mlp.router.bias = torch.nn.Parameter(torch.zeros(EXPERTS, dtype=dtype))
+    for parameter in block.parameters():  # norms are built in fp32
+        parameter.data = parameter.data.to(dtype)
     wrapper = DistributedDataParallelConfig(grad_reduce_in_fp32=False, overlap_grad_reduce=False)
     return DistributedDataParallel(config, wrapper, block)
 
@@ -259,6 +262,7 @@ def patched_globals():
 
 def run_all(runs: list[tuple[Case, Layout, str]]) -> dict:
     """Results by run, layout by layout."""
+    logging.disable(logging.WARNING)
     results = {}
     for layout in dict.fromkeys(layout for _, layout, _ in runs):
         with harness.model_parallel(tp=layout.tp, ep=layout.ep, etp=layout.etp):
