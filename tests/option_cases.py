@@ -53,6 +53,9 @@ LAYOUTS = {
         "--tensor-model-parallel-size 2 --sequence-parallel --expert-tensor-parallel-size 2 "
         "--expert-model-parallel-size 2",
     ),
+    "TP2": (2, "--tensor-model-parallel-size 2 --expert-tensor-parallel-size 1"),
+    "TP2 EP2": (2, "--tensor-model-parallel-size 2 --expert-model-parallel-size 2 --expert-tensor-parallel-size 1"),
+    "TP2 whole sequence ETP2": (2, "--tensor-model-parallel-size 2 --expert-tensor-parallel-size 2"),
     "PP2": (2, "--pipeline-model-parallel-size 2"),
 }
 
@@ -136,6 +139,25 @@ CASES = {
         f"{AUX} --mtp-num-layers 1 --pipeline-model-parallel-layout Ett|mL", ("PP2",), slow=True
     ),
     "tensor-parallel experts": Case(f"{AUX} --moe-z-loss-coeff 1e-2", ("TP2 ETP2", "TP2 EP2 ETP2")),
+    # stock Megatron trains with tensor parallelism only where the sequence is sharded everywhere
+    "sharded sequence": Case(
+        f"{AUX} --moe-z-loss-coeff 1e-2 --xmoe-sequence-shard on",
+        ("TP2",),
+        stock=f"{AUX} --moe-z-loss-coeff 1e-2 --sequence-parallel",
+    ),
+    "sharded sequence by default": Case(
+        f"{AUX} --moe-shared-expert-intermediate-size 16 --moe-shared-expert-gate",
+        ("TP2 EP2",),
+        stock=f"{AUX} --moe-shared-expert-intermediate-size 16 --moe-shared-expert-gate --sequence-parallel",
+    ),
+    "duplicated sequence": Case(
+        f"{AUX} --moe-z-loss-coeff 1e-2 --xmoe-sequence-shard off",
+        ("TP2 EP2",),
+        stock=f"{AUX} --moe-z-loss-coeff 1e-2 --sequence-parallel",
+    ),
+    "duplicated sequence, tensor-parallel experts": Case(
+        f"{AUX} --xmoe-sequence-shard off", ("TP2 whole sequence ETP2",), stock=f"{AUX} --sequence-parallel", slow=True
+    ),
     "capacity by weight": Case(
         f"{AUX} {NO_TIES} --moe-expert-capacity-factor 1.0 --moe-token-drop-policy probs",
         ("one process", "EP2", "TP2 ETP2"),

@@ -13,6 +13,7 @@ from megatron_xmoe import _optional
 from megatron_xmoe.config import XMoEConfig
 from megatron_xmoe.kernels.registry import kernels_in_use, triton_is_usable
 from megatron_xmoe.ops.grouped_gemm import why_not_grouped_mm
+from megatron_xmoe.sequence_shard import block_mode
 from megatron_xmoe.specs import uses_torch_attention
 from megatron_xmoe.version import __version__
 
@@ -42,6 +43,7 @@ def print_report(xmoe: XMoEConfig, adjustments: list[str], stand_ins: int, repai
         lines += [
             "dispatcher   alltoall: one uneven all-to-all of routed rows, no padding",
             f"experts      {_experts(args)}",
+            f"sequence     {_sequence(xmoe, args)}",
             f"kernels      {kernels.name}: {kernels.reason}",
         ]
     lines += [
@@ -71,6 +73,16 @@ def _experts(args) -> str:
     products = f"a loop over the local experts (grouped_mm: {reason})" if reason else "torch's grouped_mm"
     fused = torch.cuda.is_available() and triton_is_usable("cuda")
     return f"grouped; matrix products by {products}, activation by {'Triton' if fused else 'plain torch'}"
+
+
+def _sequence(xmoe: XMoEConfig, args) -> str:
+    size = args.tensor_model_parallel_size
+    sizes = size, args.sequence_parallel, args.expert_tensor_parallel_size
+    _, text = block_mode(xmoe.xmoe_sequence_shard, *sizes)
+    if size > 1 and args.moe_shared_expert_intermediate_size:
+        whole = xmoe.xmoe_shared_expert == "sequence"
+        text += f"; shared experts {'whole on every rank' if whole else 'sharded over these ranks'}"
+    return text
 
 
 def _attention(args) -> str:

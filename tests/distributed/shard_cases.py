@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-H, FFN, SHARED_FFN, EXPERTS, TOPK, B = 8, 6, 12, 8, 3, 2
+H, FFN, SHARED_FFN, EXPERTS, TOPK, B = 8, 8, 12, 8, 3, 2
 MICRO_BATCHES = 4  # of the global batch
 
 

@@ -50,7 +50,8 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "training": (
         *("torch", "numpy", "megatron.core", "megatron.training"),
         *ours("ops.grouped_gemm.why_not_grouped_mm"),  # for the start-up report, which says why
-        *ours("backend", "specs", "metrics", "platform", "kernels", "profiling", "checkpoint", *LEAVES),
+        *ours("backend", "specs", "sequence_shard", "metrics"),
+        *ours("platform", "kernels", "profiling", "checkpoint", *LEAVES),
     ),
     "checkpoint": (
         *("torch", "numpy", "safetensors", "huggingface_hub", "transformers", "tqdm"),
