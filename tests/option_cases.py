@@ -39,6 +39,9 @@ class Case:
     stock: str | None = None
     """Options for stock Megatron, where they are not the same."""
 
+    loaded: bool = False
+    """Both start from weights that stock Megatron saved: where their options differ, so does initialisation."""
+
     oracle: bool = False
     """Stock Megatron drops by tests/recorder.py's loop, because its own choice among equals is arbitrary."""
 
@@ -143,20 +146,27 @@ CASES = {
     "sharded sequence": Case(
         f"{AUX} --moe-z-loss-coeff 1e-2 --xmoe-sequence-shard on",
         ("TP2",),
+        loaded=True,
         stock=f"{AUX} --moe-z-loss-coeff 1e-2 --sequence-parallel",
     ),
     "sharded sequence by default": Case(
         f"{AUX} --moe-shared-expert-intermediate-size 16 --moe-shared-expert-gate",
         ("TP2 EP2",),
+        loaded=True,
         stock=f"{AUX} --moe-shared-expert-intermediate-size 16 --moe-shared-expert-gate --sequence-parallel",
     ),
     "duplicated sequence": Case(
         f"{AUX} --moe-z-loss-coeff 1e-2 --xmoe-sequence-shard off",
         ("TP2 EP2",),
+        loaded=True,
         stock=f"{AUX} --moe-z-loss-coeff 1e-2 --sequence-parallel",
     ),
     "duplicated sequence, tensor-parallel experts": Case(
-        f"{AUX} --xmoe-sequence-shard off", ("TP2 whole sequence ETP2",), stock=f"{AUX} --sequence-parallel", slow=True
+        f"{AUX} --xmoe-sequence-shard off",
+        ("TP2 whole sequence ETP2",),
+        slow=True,
+        loaded=True,
+        stock=f"{AUX} --sequence-parallel",
     ),
     "capacity by weight": Case(
         f"{AUX} {NO_TIES} --moe-expert-capacity-factor 1.0 --moe-token-drop-policy probs",
