@@ -1,0 +1,138 @@
+"""Tensor parallelism without --sequence-parallel trains as one process does: losses, gradients, updates."""
+
+import ast
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from jobs import TOY, run_job, start_from
+from recorder import Record
+from tolerances import relative_rms_error
+
+ITERATIONS = 20
+LOSS_TOLERANCE = 1e-5  # relative, of each iteration
+GRADIENT_TOLERANCE = 1e-5  # relative RMS of each tensor's gradient at iteration 1
+UPDATE_TOLERANCE = 1e-4  # the same for the change by plain SGD: the weights' rounding is in it
+# the same for all; weights so large that experts matter, heads for four ranks
+TRAINED = """
+    --num-query-groups 4 --init-method-std 0.1 --optimizer sgd --sgd-momentum 0 --clip-grad 0 --weight-decay 0
+    --lr 0.1 --min-lr 0.1
+""".split()
+PER_TOKEN = "--calculate-per-token-loss"
+BIAS = (
+    "--moe-router-score-function sigmoid --moe-router-enable-expert-bias --moe-router-bias-update-rate 1e-2 "
+    "--moe-router-load-balancing-type seq_aux_loss --moe-shared-expert-gate"
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    """Processes and options of a run that is compared with one process."""
+
+    processes: int
+    layout: str
+    model: str = ""
+    """Options of the reference, too."""
+
+    slow: bool = True
+
+
+TP2, TP4 = "--tensor-model-parallel-size 2", "--tensor-model-parallel-size 4"
+EP2, EP4 = "--expert-model-parallel-size 2", "--expert-model-parallel-size 4"
+PP2 = "--pipeline-model-parallel-size 2"
+CASES = {
+    "TP2": Case(2, TP2),
+    "TP2 x EP2": Case(2, f"{TP2} {EP2}", slow=False),
+    "TP2 x EP2, duplicated": Case(2, f"{TP2} {EP2} --xmoe-sequence-shard off"),
+    "TP2 x EP2, whole shared experts": Case(2, f"{TP2} {EP2} --xmoe-shared-expert sequence"),
+    "TP2 x EP2, per token": Case(2, f"{TP2} {EP2}", PER_TOKEN),
+    "TP2 x EP2, duplicated, per token": Case(2, f"{TP2} {EP2} --xmoe-sequence-shard off", PER_TOKEN),
+    "TP2 x EP2, expert bias": Case(2, f"{TP2} {EP2}", BIAS),
+    "TP2 x EP2, uneven": Case(2, f"{TP2} {EP2}", "--seq-length 15 --max-position-embeddings 15"),
+    "TP2 x EP2, recomputed": Case(2, f"{TP2} {EP2} --recompute-granularity selective --recompute-modules moe"),
+    "TP2, sharded experts": Case(2, f"{TP2} --expert-tensor-parallel-size 2"),
+    "TP2 x DP2": Case(4, TP2),
+    "TP2 x EP4 x DP2": Case(4, f"{TP2} {EP4}"),
+    "TP2 x EP2 x DP2, distributed optimizer": Case(4, f"{TP2} {EP2} --use-distributed-optimizer"),
+    "TP4": Case(4, TP4),
+    "TP4 x EP2": Case(4, f"{TP4} {EP2}"),
+    "TP4 x EP4": Case(4, f"{TP4} {EP4}"),
+    "TP4 x EP2, duplicated, sharded experts": Case(4, f"{TP4} {EP2} --expert-tensor-parallel-size 2"),
+    "PP2 x TP2": Case(4, f"{PP2} {TP2} {EP2}", slow=False),
+    "interleaved PP2 x TP2": Case(4, f"{PP2} {TP2} {EP2} --num-virtual-stages-per-pipeline-rank 3"),
+}
+
+
+@pytest.fixture(scope="module")
+def references(tmp_path_factory):
+    """A function of the model's options: weights that stock Megatron saved, and its run from them in one process."""
+    known: dict[str, tuple[Path, Record]] = {}
+
+    def reference(model: str) -> tuple[Path, Record]:
+        if model not in known:
+            directory = tmp_path_factory.mktemp("weights")
+            saving = ["--save", str(directory), "--save-interval", "1", "--ckpt-format", "torch_dist"]
+            run_job(TOY, TRAINED, model.split(), "--train-iters", "1", saving)
+            known[model] = directory, trained(model, start_from(directory), 1, tmp_path_factory.mktemp("one"))[0]
+        return known[model]
+
+    return reference
+
+
+def trained(model: str, options: list[str], processes: int, directory: Path) -> list[Record]:
+    """What each rank recorded of a run."""
+    command = [*TOY, *TRAINED, *model.split(), "--train-iters", str(ITERATIONS), *options]
+    run_job(command, processes=processes, recorder=directory)
+    return [torch.load(directory / f"{rank}.pt", weights_only=False) for rank in range(processes)]
+
+
+def assembled(ranks: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Whole tensors from the ranks' parts, {'name @ place': part}; what several ranks have is the same to rounding."""
+    places: dict[str, list[tuple[tuple[int, ...], torch.Tensor]]] = {}
+    for parts in ranks:
+        for label, part in parts.items():
+            name, place = label.split(" @ ")
+            place = ast.literal_eval(place)
+            places.setdefault(name, []).append((place, part[(None,) * (len(place) - part.dim())]))
+    result = {}
+    for name, parts in places.items():
+        ends = [[o + n for o, n in zip(place, part.shape, strict=True)] for place, part in parts]
+        tensor = torch.full([max(column) for column in zip(*ends, strict=True)], float("nan"))
+        for place, part in parts:
+            index = tuple(slice(o, o + n) for o, n in zip(place, part.shape, strict=True))
+            assert tensor[index].isnan().all() or relative_rms_error(tensor[index], part) < GRADIENT_TOLERANCE, name
+            tensor[index] = part
+        assert not tensor.isnan().any(), name
+        result[name] = tensor
+    return result
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * case.slow) for n, case in CASES.items()])
+def test_trains_as_one_process(name, references, tmp_path):
+    case = CASES[name]
+    weights, reference = references(case.model)
+    options = [*case.layout.split(), "--moe-backend", "xmoe", *start_from(weights)]
+    ranks = trained(case.model, options, case.processes, tmp_path)
+    losses = [rank.losses for rank in ranks if rank.losses[0]]
+    assert losses and len(reference.losses) == ITERATIONS
+    for found in losses:
+        for i, (ours, expected) in enumerate(zip(found, reference.losses, strict=True)):
+            assert ours.keys() == expected.keys()
+            for loss, value in expected.items():
+                assert abs(ours[loss] - value) <= LOSS_TOLERANCE * abs(value), f"iteration {i + 1}: {loss}"
+    compared = {"gradient": ([rank.gradients for rank in ranks], reference.gradients, GRADIENT_TOLERANCE)}
+    updates = [updates_of(rank) for rank in ranks]
+    compared["update"] = (updates, updates_of(reference), UPDATE_TOLERANCE)
+    for what, (actual, expected, tolerance) in compared.items():
+        actual, expected = assembled(actual), assembled([expected])
+        assert actual.keys() == expected.keys() and len(actual) > 20
+        for tensor, value in expected.items():
+            error = relative_rms_error(actual[tensor], value)
+            assert value.norm() > 0 and error < tolerance, f"{what} of {tensor}: {error}"
+
+
+def updates_of(record: Record) -> dict[str, torch.Tensor]:
+    """The change of every parameter by the first step."""
+    before, after = record.parameters
+    return {name: after[name] - start for name, start in before.items()}
