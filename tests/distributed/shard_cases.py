@@ -5,8 +5,9 @@ sharded state dict), so that one process and any layout can be compared.
 """
 
 import logging
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from unittest import mock
 
 import harness
 import torch
@@ -278,3 +279,117 @@ def run_all(runs: list[tuple[Case, Layout, str]]) -> dict:
 def reference_of(case: Case) -> Case:
     """What one process computes: the shared expert is whole there in any case."""
     return replace(case, shared="tensor" if case.shared else None)
+
+
+def replicas_differ(layout: Layout, mode: str, shared: str, iterations: int) -> dict[str, int]:
+    """Train in fp32 with plain SGD; in how many iterations each replicated parameter differs over tensor-parallel ranks.
+
+    A gradient that is not the same on all ranks, to the last bit, lets replicas drift apart.
+    """
+    from megatron.core import parallel_state
+
+    group = parallel_state.get_tensor_model_parallel_group()
+    differing: dict[str, int] = {}
+    case = Case("replicas", (("moe_shared_expert_gate", True),), shared=shared)
+    with patched_globals():
+        model = build(case, layout, mode, torch.float32)
+        fill(model)
+        replicated = {
+            name: parameter
+            for name, parameter in model.named_parameters()
+            if not getattr(parameter, "tensor_model_parallel", False) and ".experts." not in name
+        }
+        for iteration in range(iterations):
+            step(model, case, torch.float32, seed=iteration)
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.sub_(0.05 * parameter.main_grad)
+            for name, parameter in replicated.items():
+                others = [torch.zeros_like(parameter) for _ in range(group.size())]
+                dist.all_gather(others, parameter.detach(), group=group)
+                same = all(torch.equal(other.view(torch.int32), others[0].view(torch.int32)) for other in others)
+                differing[name] = differing.get(name, 0) + (not same)
+    return differing
+
+
+@dataclass
+class Work:
+    """What one pass through a block moved and computed on this rank."""
+
+    gathers: tuple[int, int]
+    """All-gathers of sequences in the forward and in the backward."""
+
+    sent: int
+    """Rows dispatched."""
+
+    computed: int
+    """Rows that the experts computed."""
+
+    counted: int
+    """Routes that were counted for the figures about experts."""
+
+
+def work_of(layout: Layout, mode: str, length: int) -> Work:
+    """A pass through one block, watched."""
+    from megatron_xmoe import layer as layer_module
+
+    case, counted, seen, gathers = Case("work", length=length), [], [], []
+    gather = dist.all_gather_into_tensor
+    with patched_globals(), ExitStack() as stack:
+        model = build(case, layout, mode)
+        fill(model)
+        block = model.module.layers[0].mlp
+        compute = block.experts.forward
+        block.experts.forward = lambda rows, *rest: seen.append(len(rows)) or compute(rows, *rest)
+        preprocess, sent = block.preprocess, []
+
+        def watched(*args):
+            result = preprocess(*args)
+            sent.append(len(result[0]))
+            return result
+
+        block.preprocess = watched
+        stack.enter_context(mock.patch.object(layer_module, "count_routes", lambda _, rows: counted.append(rows.sum())))
+        watch = lambda *args, **options: gathers.append(1) or gather(*args, **options)  # noqa: E731
+        stack.enter_context(mock.patch.object(dist, "all_gather_into_tensor", watch))
+        x, _, _ = batch_of(case, 0)
+        output, _ = block(x.requires_grad_())
+        forward = len(gathers)
+        output.sum().backward()
+        return Work((forward, len(gathers) - forward), sum(sent), sum(seen), int(sum(counted)))
+
+
+def replayed(layout: Layout, mode: str, length: int) -> bool:
+    """Whether recorded routes are replayed for other tokens, and give another result than new ones."""
+    from megatron.core.transformer.moe.router_replay import RouterReplay, RouterReplayAction
+
+    case = Case("replay", (("moe_enable_routing_replay", True),), length=length)
+    with patched_globals():
+        model = build(case, layout, mode)
+        fill(model)
+        block = model.module.layers[0].mlp
+        first, other = batch_of(case, 0)[0], batch_of(case, 1)[0]
+        RouterReplay.set_global_router_replay_action(RouterReplayAction.RECORD)
+        _, recorded = block.route(first)
+        RouterReplay.set_replay_data(RouterReplay.get_recorded_data())
+        RouterReplay.clear_global_router_replay_action()
+        _, new = block.route(other)
+        RouterReplay.set_global_router_replay_action(RouterReplayAction.REPLAY_FORWARD)
+        _, again = block.route(other)
+    has_tokens = recorded.numel() > 0
+    return torch.equal(again, recorded) and torch.equal(new, recorded) != has_tokens
+
+
+def run_checks(layouts: list[tuple[Layout, str, int]], replicas: list[tuple[Layout, str, str, int]]) -> dict:
+    """The three above, by their arguments."""
+    logging.disable(logging.WARNING)
+    results = {}
+    for layout in dict.fromkeys(run[0] for run in [*layouts, *replicas]):
+        with harness.model_parallel(tp=layout.tp, ep=layout.ep, etp=layout.etp):
+            for run in layouts:
+                if run[0] == layout:
+                    results[run] = work_of(*run), replayed(*run)
+            for run in replicas:
+                if run[0] == layout:
+                    results[run] = replicas_differ(*run)
+    return results

@@ -2,7 +2,7 @@
 
 import harness
 import pytest
-from shard_cases import Case, Layout, reference_of, run_all, whole
+from shard_cases import TOPK, B, Case, Layout, reference_of, run_all, run_checks, whole
 from tolerances import relative_rms_error
 
 BOUND = 1e-10  # relative RMS error of each tensor
@@ -134,3 +134,68 @@ def test_layout_changes_nothing(computed, case, layout, mode):
     for rank in ranks:
         index, size = rank.data_rank
         assert relative_rms_error(rank.inputs, reference.inputs[index::size]) < BOUND
+
+
+WATCHED = [
+    (layout, mode, length)
+    for layout in (TP2_EP2, Layout(4, 4), Layout(4, 1), Layout(2, 2, 2), Layout(4, 2, 2))
+    for mode in ("on", "off")
+    for length in (8, 7, 3)
+]
+ITERATIONS = 100
+REPLICAS = [
+    (TP2_EP2, "on", "tensor", ITERATIONS),
+    (TP2_EP2, "on", "sequence", ITERATIONS),
+    (TP2_EP2, "off", "tensor", ITERATIONS),
+    (Layout(4, 4), "on", "tensor", ITERATIONS),
+]
+
+
+SLOW_REPLICAS = REPLICAS[1:]
+
+
+@pytest.fixture(scope="module")
+def checked(request) -> dict:
+    """Results by arguments, of each rank."""
+    replicas = REPLICAS if request.config.getoption("--slow") else REPLICAS[:1]
+    ranks = harness.run_distributed(run_checks, 4, WATCHED, replicas, timeout=900)
+    return {run: [rank[run] for rank in ranks] for run in ranks[0]}
+
+
+@pytest.mark.parametrize("layout, mode, length", WATCHED, ids=lambda value: str(value))
+def test_work_of_a_block(checked, layout, mode, length):
+    """One gather of the sequence each way; tokens are dispatched, computed and counted as often as the mode says."""
+    ranks = [work for work, _ in checked[layout, mode, length]]
+    data_parallel, routes = 4 // layout.tp, length * B * TOPK
+    copies = 1 if mode == "on" else layout.tp
+    assert sum(work.sent for work in ranks) == data_parallel * routes * copies
+    # each of the ranks that share an expert computes all its rows, but none twice where they hold the same tokens
+    shares = 1 if mode == "off" else layout.etp
+    assert sum(work.computed for work in ranks) == data_parallel * routes * copies * shares
+    assert sum(work.counted for work in ranks) == data_parallel * routes
+    for work in ranks:
+        if mode == "off":
+            assert work.gathers == (0, 0)
+        elif layout.etp == 1 and length % layout.tp == 0:
+            assert work.gathers == (1, 1)
+        elif layout.etp == 1:  # the gate sees the whole sequence, and its gradient is gathered as well
+            assert work.gathers == (1, 2)
+
+
+@pytest.mark.parametrize("layout, mode, length", WATCHED, ids=lambda value: str(value))
+def test_recorded_routes_are_replayed(checked, layout, mode, length):
+    assert all(replayed for _, replayed in checked[layout, mode, length])
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        pytest.param(run, id=f"{run[0]}, {run[1]}, {run[2]}", marks=[pytest.mark.slow] * (run in SLOW_REPLICAS))
+        for run in REPLICAS
+    ],
+)
+def test_replicas_stay_bit_identical(checked, run):
+    """The gate, the norms and what else every tensor-parallel rank holds, after each of 100 iterations."""
+    for differing in checked[run]:
+        assert sum("router" in name for name in differing) == 1 and len(differing) >= 4
+        assert differing == dict.fromkeys(differing, 0)
