@@ -31,6 +31,35 @@ class XMoEConfig:
     """What ranks the groups of --moe-router-num-groups: the sum of their best scores, as Megatron and DeepSeek-V3 have
     it, or the best score alone, as DeepSeek-V2 does."""
 
+    xmoe_dispatcher: Literal["auto", "alltoall", "rbd"] = "auto"
+    """How tokens reach their experts. 'alltoall' sends a row for each expert of a token. 'rbd', redundancy-bypassing
+    dispatch, sends one row to each node, which hands it on inside the node, and sums a node's results before they
+    return. 'auto' takes rbd where it saves enough of the network's rows, and says why at start-up. Where a rank is
+    alone on its node everywhere, or all are on one, rbd has nothing to save and alltoall is used."""
+
+    xmoe_pilot: Literal["balanced", "first"] = "balanced"
+    """Which rank of another node gets a token's one row, with rbd: 'balanced' chooses among those with an expert of the
+    token by a hash, the same when a step is recomputed or a run repeated; 'first' takes the first."""
+
+    xmoe_rbd_overlap: Literal["on", "off"] = "on"
+    """With rbd: exchanges inside the node, and shared experts with --moe-shared-expert-overlap, run while rows are on
+    the network. 'off' does one thing after the other."""
+
+    xmoe_guard_empty_alltoall: Literal["auto", "on", "off"] = "auto"
+    """A rank that would send or receive nothing in an exchange of tokens sends itself one row that nobody reads: RCCL
+    can hang otherwise. 'auto' does so on AMD's GPUs."""
+
+    xmoe_ranks_per_node: str | None = None
+    """Processes on a node, or the sizes of consecutive nodes in the order of the ranks, like 3,5, repeated until all
+    processes are counted. A node is a set of processes joined by links much faster than the network: a host as a rule,
+    but larger where fast links join hosts. By default the launcher's variables tell (torchrun, srun), and where these
+    do not, the hosts' names."""
+
+    xmoe_ep_placement: Literal["ep-first", "dp-first"] = "ep-first"
+    """Which ranks are neighbours, and so share a node: those of an expert-parallel group ('ep-first', Megatron's order;
+    for many small experts, whose exchange of tokens costs most), or those that hold replicas of the same experts
+    ('dp-first'; for few large experts, whose reduction of gradients costs most). Works with either backend."""
+
     xmoe_qk_norm: Literal["per-head", "all-heads"] = "per-head"
     """What --qk-layernorm normalises: each head of the queries and keys by itself, as Megatron does, or all heads
     together, as OLMoE does. Works with either backend."""
@@ -49,6 +78,12 @@ class XMoEConfig:
     of the sequence; this needs more memory for weights and gradients and less for activations. Checkpoints are the
     same."""
 
-    xmoe_expert_load_file: str | None = None
-    """File for the load of each expert: at every logged iteration rank 0 appends a line of JSON with the number of
-    routes that each expert of each layer got since the line before. tools/plot_run.py draws it."""
+    xmoe_metrics: Literal["off", "summary", "layers"] = "summary"
+    """Figures about the experts in Megatron's log, every --log-interval iterations. 'summary' puts the balance of the
+    experts, dropped routes, traffic between nodes and the time of the all-to-alls into the console's line, and these
+    and more into TensorBoard and W&B. 'layers' adds a curve for each layer and the load of each expert, which
+    tools/plot_run.py draws. docs/metrics.md defines them. For --moe-backend xmoe."""
+
+    xmoe_profile_breakdown: bool = False
+    """Print a table of where the time of an MoE layer's forward pass goes (gate, dispatch buffer, all-to-all, experts,
+    all-to-all, combine), every --log-interval iterations, and write it to TensorBoard. Needs --moe-backend xmoe."""

@@ -13,13 +13,18 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_xmoe.config import XMoEConfig
-from megatron_xmoe.dispatch import AllToAllDispatcher
+from megatron_xmoe.dispatch import AllToAllDispatcher, RedundancyBypassDispatcher
+from megatron_xmoe.dispatch.base import PaddingFreeDispatcher
+from megatron_xmoe.dispatch.choice import dispatcher_for
 from megatron_xmoe.metrics import count_routes
+from megatron_xmoe.parallel_state import node_topology
+from megatron_xmoe.profiling import profiled
 from megatron_xmoe.routing import BestOfGroup, raw_logits
 from megatron_xmoe.sequence_shard import BlockSequence, block_mode
 from megatron_xmoe.shared_experts import ReplicatedSharedExperts
 
 
+@profiled(route="gate", routed_experts_compute="experts")
 class XMoELayer(MoELayer):
     """Megatron's MoELayer with a padding-free dispatcher, and with sequence sharding under tensor parallelism.
 
@@ -60,16 +65,41 @@ class XMoELayer(MoELayer):
         if self.xmoe.xmoe_group_score == "max":
             self.router.router_replay = BestOfGroup()
         # MoELayer builds one of its own dispatchers and has no seam for another
-        self.token_dispatcher = AllToAllDispatcher(
-            *(self.num_local_experts, config, pg_collection, self.xmoe.xmoe_min_capacity),
-            copied_to_shards=self.sequence.copied_to_shards,
-        )
+        self.token_dispatcher = self._build_dispatcher(pg_collection)
+        self.token_dispatcher.copied_to_shards = self.sequence.copied_to_shards
+        self.token_dispatcher.layer_number = self._number_in_model
         if self.shared_expert_overlap:
             self.token_dispatcher.set_shared_experts(self.shared_experts)
         if config.moe_expert_capacity_factor is not None:
             # the dispatcher drops while it sorts, so the router, whose dropping is O(T * E), must not
             self.router.config = copy.copy(self.router.config)
             self.router.config.moe_expert_capacity_factor = None
+
+    def _build_dispatcher(self, pg_collection: ProcessGroupCollection) -> PaddingFreeDispatcher:
+        xmoe, config = self.xmoe, self.config
+        topology = node_topology(pg_collection.ep, xmoe.xmoe_ranks_per_node)
+        choice = dispatcher_for(
+            xmoe.xmoe_dispatcher, topology.node_of, config.moe_router_topk, config.num_moe_experts
+        )
+        guard = {"auto": None, "on": True, "off": False}[xmoe.xmoe_guard_empty_alltoall]
+        arguments = (self.num_local_experts, config, pg_collection, topology, xmoe.xmoe_min_capacity, guard)
+        if choice.dispatcher == "rbd":
+            return RedundancyBypassDispatcher(
+                *arguments, pilot=xmoe.xmoe_pilot, overlap=xmoe.xmoe_rbd_overlap == "on"
+            )
+        return AllToAllDispatcher(*arguments)
+
+    def set_layer_number(self, layer_number: int) -> None:
+        """Megatron says the layer's number once it is built; the dispatcher gets the number in the whole model."""
+        super().set_layer_number(layer_number)
+        self.token_dispatcher.layer_number = self._number_in_model
+
+    @property
+    def _number_in_model(self) -> int | None:
+        """From 1; layers of multi-token prediction, which Megatron numbers anew, come after the others."""
+        if self.layer_number is None or not self.is_mtp_layer:
+            return self.layer_number
+        return self.layer_number + self.config.num_layers
 
     def forward(
         self, hidden_states: Tensor, intermediate_tensors=None, padding_mask: Tensor | None = None
@@ -101,10 +131,7 @@ class XMoELayer(MoELayer):
         Args: hidden_states [S, B, H]; padding_mask [S, B] bool. Returns probs [T, E] and routing_map [T, E] bool.
         """
         probs, routing_map = self.sequence.route(self._route, self.router, hidden_states, padding_mask)
-        number = self.layer_number
-        if self.is_mtp_layer:  # these are numbered anew
-            number += self.config.num_layers
-        count_routes(number, self.sequence.counted(hidden_states, routing_map))
+        count_routes(self._number_in_model, self.sequence.counted(hidden_states, routing_map))
         return probs, routing_map
 
     def _route(self, hidden_states: Tensor, padding_mask: Tensor | None) -> tuple[Tensor, Tensor]:

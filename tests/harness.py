@@ -5,6 +5,7 @@ Importing this module imports nothing of Megatron: the CPU platform has to be in
 
 import faulthandler
 import functools
+import itertools
 import multiprocessing
 import os
 import pickle
@@ -22,6 +23,8 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
+
+_LAYOUTS = itertools.count()
 
 
 def run_distributed(function: Callable, world_size: int, *args, timeout: float = 120) -> list[Any]:
@@ -139,22 +142,31 @@ def single_process() -> Iterator[None]:
 
 
 @contextmanager
-def model_parallel(tp: int = 1, ep: int = 1, pp: int = 1, etp: int = 1, seed: int = 1234) -> Iterator[None]:
+def model_parallel(
+    tp: int = 1, ep: int = 1, pp: int = 1, etp: int = 1, seed: int = 1234, order: str = "tp-cp-ep-dp-pp"
+) -> Iterator[None]:
     """Megatron's process groups and random states for a layout; the next layout can follow in the same processes.
 
     Args:
         tp: tensor, `ep`: expert, `pp`: pipeline, `etp`: expert-tensor parallel size.
         seed: of Megatron's random states.
+        order: of the dimensions, from that in which neighbouring ranks differ.
     """
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-    others = set(dist.distributed_c10d._world.pg_map)
+    groups = dist.distributed_c10d._world.pg_map
+    others = set(groups)
+    # torch names a group that only its members make by its ranks: so a later layout's has the name of one that is gone,
+    # whose members' addresses are still in the store
+    backend, store = groups[dist.group.WORLD]
+    groups[dist.group.WORLD] = backend, dist.PrefixStore(f"layout {next(_LAYOUTS)}", store)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=tp,
         pipeline_model_parallel_size=pp,
         expert_model_parallel_size=ep,
         expert_tensor_parallel_size=etp,
+        order=order,
     )
     try:
         model_parallel_cuda_manual_seed(seed)
@@ -162,8 +174,9 @@ def model_parallel(tp: int = 1, ep: int = 1, pp: int = 1, etp: int = 1, seed: in
     finally:
         parallel_state.destroy_model_parallel()
         # Megatron only forgets its groups: dozens a layout, with sockets and threads of their own
-        for group in [group for group in dist.distributed_c10d._world.pg_map if group not in others]:
+        for group in [group for group in groups if group not in others]:
             dist.destroy_process_group(group)
+        groups[dist.group.WORLD] = backend, store
 
 
 @contextmanager

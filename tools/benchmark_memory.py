@@ -2,7 +2,7 @@
 """Measures what sequence-sharded MoE blocks (SSMB) save: activation memory, peak memory and step time of real layers.
 
 Transformer layers with X-MoE blocks run forward and backward on every GPU here (or on CPU processes, without peak and
-with meaningless times), for each tensor-parallel size (--tp) and each way to handle the sequence in the block (--modes):
+with meaningless times), for each tensor-parallel size (--tp) and each way to handle the block's sequence (--modes):
 
   off         every tensor-parallel rank computes all tokens
   on          every rank takes its share of the sequence (--xmoe-sequence-shard on)
@@ -312,7 +312,7 @@ def parse(argv: list[str] | None) -> tuple[Model, Namespace]:
                        help="tensor-parallel sizes (default: those of 1, 2, 4 that the processes allow)")  # fmt: skip
     count = gpus or 4
     group.add_argument("--processes", type=positive_number(int), default=count, metavar="N",
-                       help=f"number of processes, a GPU each where there are some (default here: {count})")  # fmt: skip
+                       help=f"number of processes, a GPU each if there are any (default here: {count})")  # fmt: skip
     group = parser.add_argument_group("measurement")
     group.add_argument("--modes", choices=MODES, nargs="+", default=list(MODES), help="(default: all)")
     group.add_argument("--steps", type=positive_number(int), default=10, metavar="N", help="timed steps (default 10)")

@@ -121,7 +121,7 @@ checkpoints=$run/checkpoints
 command=(
     "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$processes" "$root/pretrain_xmoe.py" "${model[@]}"
     --tokenizer-model "$data/tokenizer.model" --data-path "$data/tokens" --save "$checkpoints" --load "$checkpoints"
-    --tensorboard-dir "$run/tensorboard" --xmoe-expert-load-file "$run/expert_load.jsonl"
+    --tensorboard-dir "$run/tensorboard" --xmoe-metrics layers
 )
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}            # the small matrices gain nothing from several threads
 export GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-lo}     # one machine: needs no host name that resolves
@@ -206,7 +206,7 @@ else
 fi
 
 step "Results"
-"$PYTHON" "$root/tools/plot_run.py" --tensorboard-dir "$run/tensorboard" --expert-load "$run/expert_load.jsonl" \
-    --output "$run/quickstart.png"
+"$PYTHON" "$root/tools/plot_run.py" --tensorboard-dir "$run/tensorboard" \
+    --output "$run/quickstart.png" "$run/quickstart.html"
 printf '%-17s %s\n' checkpoints "$checkpoints" log "$log (the command is in it)" tensorboard \
     "$PYTHON -m tensorboard.main --logdir $run/tensorboard"

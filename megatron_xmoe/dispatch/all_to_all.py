@@ -2,55 +2,26 @@
 
 import torch
 import torch.distributed as dist
-from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel import (
-    all_to_all,
-    copy_to_tensor_model_parallel_region,
-    gather_from_sequence_parallel_region,
-    reduce_from_tensor_model_parallel_region,
-    reduce_scatter_to_sequence_parallel_region,
-)
-from megatron.core.transformer.moe.token_dispatcher import MoETokenDispatcher
-from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_xmoe.dispatch.capacity import expert_capacity
-from megatron_xmoe.dispatch.state import DispatchState
-from megatron_xmoe.ops import build_routes_from_map, gather_rows, gather_sum, merge_order
+from megatron_xmoe.dispatch.base import PaddingFreeDispatcher
+from megatron_xmoe.dispatch.exchange import exchange_rows
+from megatron_xmoe.dispatch.state import AllToAllState
+from megatron_xmoe.metrics import flat_traffic, record_traffic, recording
+from megatron_xmoe.ops import gather_rows, gather_sum
+from megatron_xmoe.profiling import profiled
 
 
-class AllToAllDispatcher(MoETokenDispatcher):
-    """Sends each routed row to the rank of its expert and sums the results per token.
-
-    Implements Megatron's six dispatcher methods. Their signatures have no place for metadata, so the state of the
-    pass between `dispatch_preprocess` and `combine_postprocess` is one frozen DispatchState in `self.state`.
-    A pass has one host synchronisation, for the split sizes of the exchange.
-
-    Where experts are sharded over expert-tensor-parallel ranks, these first gather each other's rows, and their partial
-    results are summed and scattered back. Where these ranks hold the same tokens, each has all rows already, and the
-    partial results are only summed. Megatron's shared experts can be computed during the exchanges
-    (`set_shared_experts`); the layer begins and ends them.
-    """
-
-    def __init__(
-        self,
-        num_local_experts: int,
-        config: TransformerConfig,
-        pg_collection: ProcessGroupCollection,
-        min_capacity: int = 0,
-        copied_to_shards: bool = False,
-    ) -> None:
-        """Args are those of Megatron's dispatchers, and the smallest capacity of an expert.
-
-        `pg_collection` has the groups `ep`, `expt_tp` and `tp_ep`. `copied_to_shards`: the ranks of `expt_tp` hold
-        the same tokens.
-        """
-        super().__init__(config=config, pg_collection=pg_collection)
-        self.num_local_experts = num_local_experts
-        self.min_capacity = min_capacity
-        self.copied_to_shards = copied_to_shards and self.tp_size > 1
-        self.gathers = self.tp_size > 1 and not copied_to_shards
-        self.state: DispatchState | None = None
+@profiled(
+    dispatch_preprocess="permute",
+    token_dispatch="dispatch",
+    dispatch_postprocess="permute",
+    combine_preprocess="unpermute",
+    token_combine="combine",
+    combine_postprocess="unpermute",
+)
+class AllToAllDispatcher(PaddingFreeDispatcher):
+    """Sends each routed row to the rank of its expert and sums the results per token. See PaddingFreeDispatcher."""
 
     def dispatch_preprocess(
         self, hidden_states: Tensor, routing_map: Tensor, probs: Tensor
@@ -59,78 +30,42 @@ class AllToAllDispatcher(MoETokenDispatcher):
 
         Args: hidden_states [S, B, H]; routing_map [T, E] bool; probs [T, E]. Returns rows [N, H] and weights [N].
         """
-        config = self.config
-        capacity = expert_capacity(
-            *(routing_map.shape[0], config.moe_router_topk, routing_map.shape[1]),
-            *(config.moe_expert_capacity_factor, self.min_capacity),
-        )
-        routes = build_routes_from_map(
-            routing_map, probs, config.moe_router_topk, capacity, config.moe_token_drop_policy
-        )
+        routes = self.routes_of(routing_map, probs)
         sent, received = self._exchange_counts(routes.tokens_per_expert)
-        num_rows = sum(sent)
-        expert_order, arrival_order = self._expert_major_order(received.flatten(0, 1), hidden_states.device)
-        self.state = DispatchState(
+        num_rows = int(sent.sum())
+        if recording():
+            self._record_traffic(sent, hidden_states, probs)
+        self.state = AllToAllState(
             hidden_shape=hidden_states.shape,
             inverse=routes.inverse,
             token_ids=routes.token_ids[:num_rows],
             kept_per_expert=routes.tokens_per_expert,
-            input_splits=sent,
-            output_splits=received[self.tp_rank if self.gathers else 0].sum(dim=1).tolist(),
-            tensor_splits=received.sum(dim=(1, 2)).tolist(),
-            tokens_per_expert=received.sum(dim=(0, 1)),
-            expert_order=expert_order,
-            arrival_order=arrival_order,
+            input_splits=sent.sum(dim=1).tolist(),
+            output_splits=received[self.source].sum(dim=1).tolist(),
             probs_dtype=probs.dtype,
+            **self.arrival_state(received, hidden_states.device),
         )
         tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
         return gather_rows(tokens, self.state.token_ids, routes.inverse), routes.combine_weights[:num_rows]
 
     def token_dispatch(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
         """Exchange rows [N, H] and weights [N]; returns what arrived, [M, H] and [M], by source rank."""
+        splits = self.state.output_splits, self.state.input_splits
         if self.shared_experts is None:
-            return self._send(hidden_states), self._send(probs)
+            return self._exchange(hidden_states, *splits), self._exchange(probs, *splits)
         self.shared_experts.wait_current_stream()
-        rows = self._send(hidden_states)
+        rows = self._exchange(hidden_states, *splits)
         # between the two exchanges: with one hardware queue it would otherwise wait for the second
         self.shared_experts.linear_fc1_forward_and_act(rows)
-        return rows, self._send(probs)
-
-    def dispatch_postprocess(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns rows [M, H] in expert order, rows of each local expert [E / G] (on the CPU) and weights [M]."""
-        if self.gathers:
-            hidden_states, probs = (self._gather(hidden_states), self._gather(probs))
-        elif self.copied_to_shards:  # each rank's gradient is that of its share of the experts
-            hidden_states, probs = (
-                copy_to_tensor_model_parallel_region(x, group=self.tp_group) for x in (hidden_states, probs)
-            )
-        order, inverse = self.state.expert_order, self.state.arrival_order
-        if order is not None:
-            hidden_states = gather_rows(hidden_states, order, inverse.unsqueeze(1))
-            probs = gather_rows(probs.unsqueeze(1), order, inverse.unsqueeze(1)).squeeze(1)
-        return hidden_states, self.state.tokens_per_expert, probs
-
-    def combine_preprocess(self, hidden_states: Tensor) -> Tensor:
-        """Put expert outputs [M, H] back into the order of arrival, summed over expert-tensor-parallel ranks."""
-        state = self.state
-        if state.expert_order is not None:
-            hidden_states = gather_rows(hidden_states, state.arrival_order, state.expert_order.unsqueeze(1))
-        dtype, precise = hidden_states.dtype, state.probs_dtype  # summed in the router's precision, as Megatron does
-        if self.gathers:
-            return reduce_scatter_to_sequence_parallel_region(
-                hidden_states.to(precise), group=self.tp_group, input_split_sizes=state.tensor_splits
-            ).to(dtype)
-        if self.copied_to_shards:
-            return reduce_from_tensor_model_parallel_region(hidden_states.to(precise), group=self.tp_group).to(dtype)
-        return hidden_states
+        return rows, self._exchange(probs, *splits)
 
     def token_combine(self, hidden_states: Tensor) -> Tensor:
         """Return expert outputs [M, H] to the tokens' ranks: [N, H], in the order they were sent."""
         splits = self.state.input_splits, self.state.output_splits
         if self.shared_experts is None:
-            return all_to_all(self.ep_group, hidden_states, *splits)
+            return self._exchange(hidden_states, *splits)
         self.shared_experts.wait_current_stream()
-        rows = all_to_all(self.ep_group, hidden_states, *splits, use_nccl_stream=self.use_nccl_stream)
+        rows = self._exchange(hidden_states, *splits)
         self.shared_experts.linear_fc2_forward(rows)
         self.shared_experts.post_forward_comm()
         return rows
@@ -140,41 +75,33 @@ class AllToAllDispatcher(MoETokenDispatcher):
         state, self.state = self.state, None
         return gather_sum(hidden_states, state.inverse, token_ids=state.token_ids).view(state.hidden_shape)
 
-    def _send(self, rows: Tensor) -> Tensor:
-        splits = self.state.output_splits, self.state.input_splits
-        return all_to_all(self.ep_group, rows, *splits, use_nccl_stream=self.use_nccl_stream)
-
-    def _gather(self, rows: Tensor) -> Tensor:
-        """Rows of all expert-tensor-parallel ranks, by rank."""
-        return gather_from_sequence_parallel_region(
-            rows, group=self.tp_group, output_split_sizes=self.state.tensor_splits
+    def _exchange(self, rows: Tensor, output_splits: list[int], input_splits: list[int]) -> Tensor:
+        return exchange_rows(
+            rows, output_splits, input_splits, self.ep_group, self.guard, own_stream=self.use_nccl_stream
         )
 
-    def _exchange_counts(self, tokens_per_expert: Tensor) -> tuple[list[int], Tensor]:
-        """Rows for each rank [G], and rows on the CPU from each rank for each local expert, [ETP, G, E / G].
+    def _record_traffic(self, sent: Tensor, hidden_states: Tensor, probs: Tensor) -> None:
+        """Tell the metrics what this pass sends: rows, a weight with each, and each rank's counts.
 
-        The latter are those that each of the ETP expert-tensor-parallel ranks receives; ETP is 1 where none are
-        gathered.
+        Args: sent [G, E / G] on the CPU, routes of each expert.
         """
+        traffic = flat_traffic(
+            sent.sum(dim=1).tolist(),
+            rank=self.ep_rank,
+            node_of_rank=self.topology.node_of,
+            row_bytes=hidden_states.shape[-1] * hidden_states.element_size(),
+            bytes_per_route=probs.element_size(),
+            bytes_per_rank=self.num_local_experts * sent.element_size(),
+            padded_rows=self.padded_rows(sent, probs.shape[0]),
+        )
+        record_traffic(self.layer_number, traffic)
+
+    def _exchange_counts(self, tokens_per_expert: Tensor) -> tuple[Tensor, Tensor]:
+        """On the CPU: routes for each expert of each rank [G, E / G], and received ones, [ETP, G, E / G]."""
         sent = tokens_per_expert.view(self.ep_size, self.num_local_experts)
         received = sent
         if self.ep_size > 1:
             received = torch.empty_like(sent)
             dist.all_to_all_single(received, sent.contiguous(), group=self.ep_group)
-        everywhere = received
-        if self.gathers:
-            everywhere = received.new_empty(self.tp_size * self.ep_size, self.num_local_experts)
-            dist.all_gather_into_tensor(everywhere, received.contiguous(), group=self.tp_group)
-        both = torch.cat([sent, everywhere]).cpu()  # the one host synchronisation of a pass
-        return both[: self.ep_size].sum(dim=1).tolist(), both[self.ep_size :].view(-1, *sent.shape)
-
-    def _expert_major_order(
-        self, received: Tensor, device: torch.device
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """Reorder rows that arrive by rank, then expert, into expert, then rank.
-
-        Args: received [ETP * G, E / G] on the CPU; the rows' device. Returns DispatchState's two index arrays, [M].
-        """
-        if received.shape[0] == 1 or self.num_local_experts == 1:
-            return None, None
-        return merge_order(received.to(device, non_blocking=True), int(received.sum()))
+        both = torch.cat([sent.unsqueeze(0), self.of_tensor_ranks(received)]).cpu()  # the one host synchronisation
+        return both[0], both[1:]

@@ -5,6 +5,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megatron_xmoe.dispatch.bypass_plan import Found, Plan
+from megatron_xmoe.dispatch.pilots import Copies
+
 
 @dataclass(frozen=True)
 class DispatchState:
@@ -13,20 +16,8 @@ class DispatchState:
     hidden_shape: torch.Size
     """Shape of the layer's input, [S, B, H]."""
 
-    inverse: Tensor
-    """[T, K] int32: the sent row of a token's k-th route, -1 where it has none."""
-
-    token_ids: Tensor
-    """[N] int32: the token of each sent row."""
-
     kept_per_expert: Tensor
     """[E] int64: this rank's routes of each expert that were not dropped."""
-
-    input_splits: list[int]
-    """Rows sent to each of the G ranks; sums to N."""
-
-    output_splits: list[int]
-    """Rows received from each of the G ranks; sums to M (without expert tensor parallelism)."""
 
     tensor_splits: list[int]
     """Rows received by each expert-tensor-parallel rank, which gather them all; sums to M."""
@@ -42,3 +33,32 @@ class DispatchState:
 
     probs_dtype: torch.dtype
     """Of the routing weights, in which partial results of expert-tensor-parallel ranks are summed."""
+
+
+@dataclass(frozen=True)
+class AllToAllState(DispatchState):
+    """Of the plain dispatcher."""
+
+    inverse: Tensor
+    """[T, K] int32: the sent row of a token's k-th route, -1 where it has none."""
+
+    token_ids: Tensor
+    """[N] int32: the token of each sent row."""
+
+    input_splits: list[int]
+    """Rows sent to each of the G ranks; sums to N."""
+
+    output_splits: list[int]
+    """Rows received from each of the G ranks; sums to M (without expert tensor parallelism)."""
+
+
+@dataclass(frozen=True)
+class BypassState(DispatchState):
+    """Of redundancy-bypassing dispatch."""
+
+    plan: Plan
+    copies: Copies | None
+    """What was chosen for this rank's tokens; None once it is sent."""
+
+    found: Found | None = None
+    """What the other ranks' choices mean here; None until it has arrived."""

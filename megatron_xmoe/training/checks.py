@@ -15,6 +15,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset, get_bin_path,
 from megatron.training.utils import get_blend_and_blend_per_split
 from megatron.training.vocab_utils import calculate_padded_vocab_size
 
+from megatron_xmoe.parallel_state import parse_ranks_per_node
 from megatron_xmoe.training.errors import UsageError, one_line
 
 INDEX_HEADER = struct.Struct("<9sQBQQ")  # Megatron's .idx: magic, version, dtype, sequences, documents
@@ -30,8 +31,11 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise UsageError(
             "--moe-backend xmoe for a model without experts. Fix: add --num-experts N, or leave --moe-backend out"
         )
-    if args.moe_backend != "xmoe" and args.xmoe_expert_load_file:
-        raise UsageError("--xmoe-expert-load-file needs --moe-backend xmoe, whose layers count. Fix: add it")
+    if args.moe_backend != "xmoe" and (args.xmoe_metrics == "layers" or args.xmoe_profile_breakdown):
+        option = "--xmoe-profile-breakdown" if args.xmoe_profile_breakdown else "--xmoe-metrics layers"
+        raise UsageError(f"{option} needs --moe-backend xmoe, whose layers measure. Fix: add it, or leave {option} out")
+    if args.xmoe_ep_placement != "ep-first":
+        _check_placement(args)
     if args.xmoe_qk_norm != "per-head" and (not args.qk_layernorm or args.multi_latent_attention):
         raise UsageError(
             f"--xmoe-qk-norm {args.xmoe_qk_norm} says what --qk-layernorm normalises, outside latent attention. Fix: "
@@ -67,6 +71,23 @@ def check_arguments(args: argparse.Namespace) -> None:
     if args.sequence_parallel:
         _divides("--tensor-model-parallel-size", args.tensor_model_parallel_size, "--seq-length", args.seq_length,
                  "change one of them")  # fmt: skip
+
+
+def _check_placement(args: argparse.Namespace) -> None:
+    reason = None
+    if not args.num_experts:
+        reason = "places replicas of experts, and the model has none. Fix: add --num-experts N, or leave it out"
+    elif args.use_tp_pp_dp_mapping and args.pipeline_model_parallel_size > 1:
+        reason = (
+            "puts replicas of an expert on neighbouring ranks; --use-tp-pp-dp-mapping puts a pipeline stage between "
+            "them. Fix: leave one of them out"
+        )
+    elif args.create_all_gather_group:
+        reason = (
+            "orders ranks as the groups of --create-all-gather-group do not. Fix: leave one of them out"
+        )
+    if reason:
+        raise UsageError(f"--xmoe-ep-placement {args.xmoe_ep_placement} {reason}")
 
 
 def _check_shape(args: argparse.Namespace) -> None:
@@ -114,6 +135,11 @@ def _check_experts(args: argparse.Namespace) -> None:
     size = args.expert_model_parallel_size * expert_tensor * args.pipeline_model_parallel_size
     _divides("expert x expert-tensor x pipeline parallel size", size, "the number of processes", args.world_size,
              "change --nproc-per-node or the parallel sizes")  # fmt: skip
+    if args.xmoe_ranks_per_node is not None:
+        try:
+            parse_ranks_per_node(args.xmoe_ranks_per_node, args.world_size)
+        except ValueError as error:
+            raise UsageError(str(error)) from error
 
 
 def _divides(divisor_name: str, divisor: int, name: str, value: int, fix: str) -> None:

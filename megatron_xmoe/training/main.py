@@ -10,7 +10,7 @@ import traceback
 import warnings
 from collections.abc import Callable
 
-from megatron_xmoe.platform import cpu, wheel
+from megatron_xmoe.platform import cpu, placement, wheel
 from megatron_xmoe.training.errors import UsageError, is_users, one_line
 
 
@@ -59,7 +59,7 @@ def prepare(on_cpu: bool, stand_ins: int, repairs: int, run: Callable | None = N
     from megatron.training.global_vars import set_global_variables
 
     from megatron_xmoe.backend import apply_moe_backend
-    from megatron_xmoe.metrics import install_expert_load_tracker
+    from megatron_xmoe.metrics import install_metrics
     from megatron_xmoe.training import checks
     from megatron_xmoe.training.arguments import parse, xmoe_config_from_args
     from megatron_xmoe.training.defaults import adjust
@@ -82,16 +82,17 @@ def prepare(on_cpu: bool, stand_ins: int, repairs: int, run: Callable | None = N
 
     xmoe = xmoe_config_from_args(args)
     model_config = gpt_config_from_args(args)
+    if xmoe.xmoe_ep_placement == "dp-first":
+        placement.install_dp_first()
     apply_moe_backend(model_config, xmoe, _stock_spec(model_config.transformer_layer_spec))
 
     def report(model_chunks):
         print_report(xmoe, adjustments, stand_ins, repairs)
-        if xmoe.xmoe_expert_load_file:
-            install_expert_load_tracker(
-                xmoe.xmoe_expert_load_file,
-                args.num_layers + (args.mtp_num_layers or 0),
-                args.num_experts,
-                args.log_interval,
+        if xmoe.moe_backend == "xmoe":
+            install_metrics(
+                *(xmoe.xmoe_metrics, xmoe.xmoe_profile_breakdown),
+                *(args.num_layers + (args.mtp_num_layers or 0), args.num_experts, args.log_interval),
+                memory=not args.overlap_moe_expert_parallel_comm,
             )
         return model_chunks
 

@@ -161,7 +161,7 @@ REFUSED: dict[str, Refusal] = _refused(
         ): "moe_latent_size",
         Refusal(
             "it looks into Transformer Engine's grouped experts, and X-MoE uses its own",
-            "use --xmoe-expert-load-file",
+            "use --xmoe-metrics layers",
         ): "save_tokens_per_expert_interval",
         Refusal("Megatron sets it from --pipeline-model-parallel-layout", "leave it out"): "mtp_standalone",
         Refusal("it belongs to hybrid models, and this script builds GPT models", "leave it out"):

@@ -11,8 +11,10 @@ from megatron.training import get_args, print_rank_0
 
 from megatron_xmoe import _optional
 from megatron_xmoe.config import XMoEConfig
+from megatron_xmoe.dispatch.choice import dispatcher_for
 from megatron_xmoe.kernels.registry import kernels_in_use, triton_is_usable
 from megatron_xmoe.ops.grouped_gemm import why_not_grouped_mm
+from megatron_xmoe.parallel_state import node_topology
 from megatron_xmoe.sequence_shard import block_mode
 from megatron_xmoe.specs import uses_torch_attention
 from megatron_xmoe.version import __version__
@@ -24,6 +26,10 @@ GROUPS = (
     ("expert", parallel_state.get_expert_model_parallel_group),
     ("expert-data", parallel_state.get_expert_data_parallel_group),
 )
+DISPATCHERS = {
+    "alltoall": "one uneven all-to-all of routed rows, no padding",
+    "rbd": "one row per token and node between nodes, no padding",
+}
 
 
 def print_report(xmoe: XMoEConfig, adjustments: list[str], stand_ins: int, repairs: int) -> None:
@@ -41,7 +47,7 @@ def print_report(xmoe: XMoEConfig, adjustments: list[str], stand_ins: int, repai
     if xmoe.moe_backend == "xmoe":
         kernels = kernels_in_use()
         lines += [
-            "dispatcher   alltoall: one uneven all-to-all of routed rows, no padding",
+            f"dispatcher   {_dispatcher(xmoe, args)}",
             f"experts      {_experts(args)}",
             f"sequence     {_sequence(xmoe, args)}",
             f"kernels      {kernels.name}: {kernels.reason}",
@@ -66,6 +72,13 @@ def _backend(xmoe: XMoEConfig, args) -> str:
     if args.num_experts:
         return f"megatron (MoELayer, {args.moe_token_dispatcher_type} dispatcher); --moe-backend xmoe changes that"
     return "megatron (dense model)"
+
+
+def _dispatcher(xmoe: XMoEConfig, args) -> str:
+    """Of rank 0's expert-parallel group; every rank calls it, because finding the nodes can need all of a group."""
+    topology = node_topology(parallel_state.get_expert_model_parallel_group(), xmoe.xmoe_ranks_per_node)
+    choice = dispatcher_for(xmoe.xmoe_dispatcher, topology.node_of, args.moe_router_topk, args.num_experts)
+    return f"{choice.dispatcher}: {DISPATCHERS[choice.dispatcher]} ({choice.reason}; nodes by {topology.source})"
 
 
 def _experts(args) -> str:

@@ -47,7 +47,8 @@ class Case:
 
     logits: bool = False
     gate_bias: bool = False
-    backend: str = "xmoe"
+    dispatcher: str = "alltoall"
+    """With rbd, two ranks are a node."""
 
     def __str__(self) -> str:
         return self.name
@@ -98,7 +99,9 @@ def build(case: Case, layout: Layout, mode: str, dtype: torch.dtype = torch.floa
 
     config = config_of(case, layout, mode == "sp" and layout.tp > 1, dtype)
     xmoe = XMoEConfig(
-        moe_backend=case.backend,
+        moe_backend="xmoe",
+        xmoe_dispatcher=case.dispatcher if layout.ep > 2 else "alltoall",
+        xmoe_ranks_per_node="2",
         xmoe_sequence_shard="auto" if mode == "sp" else mode,
         xmoe_shared_expert=case.shared or "tensor",
         xmoe_combine_weights="logits" if case.logits else "probs",
@@ -282,7 +285,7 @@ def reference_of(case: Case) -> Case:
 
 
 def replicas_differ(layout: Layout, mode: str, shared: str, iterations: int) -> dict[str, int]:
-    """Train in fp32 with plain SGD; in how many iterations each replicated parameter differs over tensor-parallel ranks.
+    """Train in fp32 with plain SGD; in how many iterations each replicated parameter differs between ranks.
 
     A gradient that is not the same on all ranks, to the last bit, lets replicas drift apart.
     """
@@ -381,7 +384,7 @@ def replayed(layout: Layout, mode: str, length: int) -> bool:
 
 
 def run_checks(layouts: list[tuple[Layout, str, int]], replicas: list[tuple[Layout, str, str, int]]) -> dict:
-    """The three above, by their arguments."""
+    """Results of the three above, by their arguments."""
     logging.disable(logging.WARNING)
     results = {}
     for layout in dict.fromkeys(run[0] for run in [*layouts, *replicas]):

@@ -55,6 +55,8 @@ CASES = [
     Case("recomputed block", (*LOSSES, *RECOMPUTE)),
     Case("recomputed layer", (*LOSSES, *FULL)),
     Case("recomputed block, uneven", (*LOSSES, *RECOMPUTE), length=7),
+    Case("redundancy bypassed", LOSSES, dispatcher="rbd"),
+    Case("redundancy bypassed, shared expert overlapped", (GATE, OVERLAP), shared="tensor", dispatcher="rbd"),
     Case("shared expert", shared="tensor"),
     Case("shared expert with gate", (GATE,), shared="tensor"),
     Case("shared expert, uneven", (GATE,), shared="tensor", length=7),
@@ -86,12 +88,14 @@ def modes_of(case: Case, layout: Layout) -> tuple[str, ...]:
     return "on", "off"
 
 
+SELECTED = (TP2_EP2, Layout(4, 4), Layout(4, 2, 2))
+WITH_NODES = (Layout(2, 4), Layout(4, 4))
 RUNS = [
     (case, layout, mode)
     for case in CASES
     for layout in [*LAYOUTS, *SHARDED_EXPERTS]
     for mode in modes_of(case, layout)
-    if case.name in EVERYWHERE or layout in (TP2_EP2, Layout(4, 4), Layout(4, 2, 2))
+    if (layout in WITH_NODES if case.dispatcher == "rbd" else case.name in EVERYWHERE or layout in SELECTED)
 ]
 # Megatron's own sharding, with our layer and with whole shared experts, which it does not have
 RUNS += [(case, TP2_EP2, "sp") for case in CASES if case.name in ("plain", "losses", "whole shared expert")]
@@ -99,6 +103,8 @@ RUNS += [(case, TP2_EP2, "sp") for case in CASES if case.name in ("plain", "loss
 
 def is_slow(case: Case, layout: Layout) -> bool:
     """Whether a run is left to --slow: every case is tried in one layout, a few in the others."""
+    if case.dispatcher == "rbd":
+        return layout != Layout(2, 4)
     return layout != TP2_EP2 and (case.name not in EVERYWHERE or layout in (Layout(4, 1), Layout(4, 1, 2)))
 
 

@@ -1,7 +1,5 @@
 """What the start-up block says, and that both backends train."""
 
-import json
-
 import pytest
 from jobs import TOY, run_job, saved_tensors
 
@@ -10,9 +8,8 @@ from megatron_xmoe.kernels.registry import choose_kernels
 RUN = "--train-iters 2 --expert-model-parallel-size 2".split()
 
 
-def test_start_up_block(tmp_path):
-    load = tmp_path / "load" / "experts.jsonl"
-    job = run_job(TOY, RUN, "--moe-backend", "xmoe", "--xmoe-expert-load-file", str(load), processes=2, torchrun=True)
+def test_start_up_block():
+    job = run_job(TOY, RUN, "--moe-backend", "xmoe", processes=2, torchrun=True)
     assert job.output.count("backend      xmoe (XMoELayer) for 12 experts, top-3") == 1  # on rank 0 only
     for part in (
         "dispatcher   alltoall",
@@ -23,11 +20,6 @@ def test_start_up_block(tmp_path):
         "--transformer-impl local  (Transformer Engine:",
     ):
         assert part in job.output, part
-    lines = [json.loads(line) for line in load.read_text().splitlines()]
-    assert [line["iteration"] for line in lines] == [1, 2]
-    for line in lines:
-        assert set(line["layers"]) == {"2", "3", "5", "6"}
-        assert all(sum(counts) == 12 * 16 * 3 for counts in line["layers"].values())  # sequences x tokens x top-k
 
 
 @pytest.mark.parametrize("backend", ["megatron", "xmoe"])

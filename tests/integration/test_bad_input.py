@@ -39,6 +39,16 @@ COMMAND_LINES = {
     "not served with these values": ("--recompute-granularity selective --recompute-modules moe_act",
                                      ["--recompute-modules moe_act", "Fix:"]),
     "sequence parallelism": ("--tensor-model-parallel-size 2", ["--sequence-parallel", "Fix:"]),
+    "no size of a node": ("--xmoe-ranks-per-node 2,x", ["--xmoe-ranks-per-node is '2,x'", "Fix:"]),
+    "nodes that are not filled": ("--xmoe-ranks-per-node 4", ["--xmoe-ranks-per-node 4", "2", "Fix:"]),
+    "placement with a stage between": (
+        "--xmoe-ep-placement dp-first --use-tp-pp-dp-mapping --pipeline-model-parallel-size 2",
+        ["--xmoe-ep-placement dp-first", "--use-tp-pp-dp-mapping", "Fix:"],
+    ),
+    "placement and other groups": (
+        "--xmoe-ep-placement dp-first --create-all-gather-group",
+        ["--xmoe-ep-placement dp-first", "--create-all-gather-group", "Fix:"],
+    ),
     "tokenizer": ("--tokenizer-type SentencePieceTokenizer --tokenizer-model nowhere.model", ["nowhere.model"]),
 }
 

@@ -36,9 +36,10 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(LEAVES, ()),
     "kernels": ("torch", "triton", *ours("_C", *LEAVES)),
     "ops": ("torch", *ours("kernels")),
-    "profiling": ("torch", *ours(*LEAVES)),
+    "profiling": ("torch", "megatron.core.utils", "megatron.core.transformer.moe.moe_logging", *ours(*LEAVES)),
+    "figures": ("torch", *ours("profiling")),
     "parallel_state": ("torch", "megatron.core", *ours(*LEAVES)),
-    "metrics": ("torch", "megatron.core", *ours("parallel_state", "profiling", *LEAVES)),
+    "metrics": ("torch", "megatron.core", *ours("parallel_state", "profiling", "figures", *LEAVES)),
     "dispatch": ("torch", *DISPATCHER_BASE, *ours("ops", "parallel_state", "metrics", "profiling", *LEAVES)),
     **dict.fromkeys(LAYERS, ("torch", "megatron.core", *ours(*OURS_BELOW_LAYERS, *LAYERS))),
     **dict.fromkeys(
@@ -49,9 +50,10 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "platform": ("torch", "megatron.core.package_info"),
     "training": (
         *("torch", "numpy", "megatron.core", "megatron.training"),
-        *ours("ops.grouped_gemm.why_not_grouped_mm"),  # for the start-up report, which says why
-        *ours("backend", "specs", "sequence_shard", "metrics"),
-        *ours("platform", "kernels", "profiling", "checkpoint", *LEAVES),
+        # for the start-up report, which says why
+        *ours("ops.grouped_gemm.why_not_grouped_mm", "dispatch.choice", "parallel_state", "sequence_shard"),
+        *ours("backend", "specs", "metrics", "platform", "kernels", "profiling", "checkpoint", "parallel_state"),
+        *ours(*LEAVES),
     ),
     "checkpoint": (
         *("torch", "numpy", "safetensors", "huggingface_hub", "transformers", "tqdm"),

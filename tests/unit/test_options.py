@@ -232,6 +232,7 @@ def test_dropping_needs_a_capacity(option):
         {"xmoe_min_capacity": 4},
         {"xmoe_combine_weights": "logits"},
         {"xmoe_group_score": "max"},
+        {"xmoe_ranks_per_node": "2"},
         {"xmoe_sequence_shard": "on"},
         {"xmoe_shared_expert": "sequence"},
     ],

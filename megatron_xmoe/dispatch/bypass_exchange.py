@@ -1,0 +1,210 @@
+"""The communication of redundancy bypassing, both ways, and its gradients (paper, section 4.2)."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.distributed import ProcessGroup
+
+from megatron_xmoe.dispatch import bypass_plan
+from megatron_xmoe.dispatch.bypass_plan import Found, Plan, Tables, spare_rows, units_of
+from megatron_xmoe.dispatch.exchange import Pending, start_exchange
+from megatron_xmoe.dispatch.layout import Layout, Splits
+from megatron_xmoe.dispatch.pilots import Copies
+from megatron_xmoe.dispatch.raw_bits import read_bits, wire_dtype, write_bits
+from megatron_xmoe.ops import gather_rows, gather_sum
+
+
+@dataclass(frozen=True)
+class Links:
+    """What a rank is connected by."""
+
+    group: ProcessGroup
+    """The expert-parallel group, between nodes."""
+
+    node: ProcessGroup
+    """Its ranks on this node, ascending."""
+
+    guard: bool
+    """Exchanges of nothing are avoided, see dispatch.exchange."""
+
+    def between(self, output: Tensor, rows: Tensor, splits: Splits) -> Pending:
+        """Start an exchange over the whole group."""
+        return start_exchange(output, rows, splits.received, splits.sent, self.group, self.guard)
+
+    def inside(self, output: Tensor, rows: Tensor, splits: Splits) -> Pending:
+        """Start an exchange inside the node."""
+        return start_exchange(output, rows, splits.received, splits.sent, self.node, self.guard)
+
+
+@dataclass
+class Underway:
+    """A dispatch whose first exchanges were started."""
+
+    layout: Layout
+    tables: Tables
+    rows: Tensor
+    """Rows at the experts, as far as they arrived."""
+
+    between: Pending
+    own: Pending
+
+
+@dataclass
+class Arrived:
+    """A dispatch that is done."""
+
+    rows: Tensor
+    """[M, H] what the experts compute."""
+
+    weights: Tensor
+    """[M] their routing weights."""
+
+    found: Found
+
+
+@torch.no_grad()
+def start_dispatch(tokens: Tensor, weights: Tensor, copies: Copies, plan: Plan, links: Links) -> Underway:
+    """Send pilots to other nodes and copies inside this one, with the indices and routing weights of all routes.
+
+    Args: tokens [T, H]; weights [N] of the routes in expert order; what was chosen for them.
+    """
+    layout = Layout.of(plan.counts, together=False, meta=True)
+    tables = Tables.of(layout, tokens.device)
+    to_nodes = sum(layout.between.sent)
+    total = to_nodes + sum(layout.inside[0].sent)
+    outgoing = gather_rows(tokens, bypass_plan.rows_to_send(plan, tables, 0, total))
+    _write_meta(outgoing, weights, copies, plan, tables, total)
+    first, inside, end = layout.at_experts
+    rows = tokens.new_empty(end, tokens.shape[1])
+    rows[:first] = tokens
+    between = links.between(rows[first:inside], outgoing[:to_nodes], layout.between)
+    own_end = inside + sum(layout.inside[0].received)
+    own = links.inside(rows[inside:own_end], outgoing[to_nodes:total], layout.inside[0])
+    return Underway(layout, tables, rows, between, own)
+
+
+def _write_meta(rows: Tensor, weights: Tensor, copies: Copies, plan: Plan, tables: Tables, unsent: int) -> None:
+    """Write the meta rows of a dispatch among `rows`; those from the row `unsent` on go nowhere."""
+    per_row, word, per_weight = units_of(plan.counts)
+    at = tables.lists_out[copies.lists.clamp_min(0)] + copies.number * word
+    at = torch.where(copies.lists < 0, unsent * per_row, at)
+    write_bits(rows, at.flatten(), copies.pilot_number.to(torch.int32).flatten())
+    number = torch.arange(weights.shape[0], device=rows.device)
+    words = copies.words[: weights.shape[0]]
+    write_bits(rows, tables.routes_out[plan.route_ranks] + number * word, words)
+    write_bits(rows, tables.weights_out[plan.route_ranks] + number * per_weight, weights.to(wire_dtype(weights.dtype)))
+
+
+@torch.no_grad()
+def finish_dispatch(underway: Underway, plan: Plan, links: Links, dtype: torch.dtype) -> Arrived:
+    """Forward what came from other nodes, and give each expert its rows.
+
+    Args: `dtype` of the routing weights.
+    """
+    rows, layout, tables = underway.rows, underway.layout, underway.tables
+    _, inside, end = layout.at_experts
+    own_end = inside + sum(layout.inside[0].received)
+    underway.between.wait()
+    lists = bypass_plan.read_lists(plan, rows, tables)
+    pilots = tables.pilots[lists[0]] + lists[1]
+    forwarded = links.inside(rows[own_end:end], gather_rows(rows[:inside], pilots), layout.inside[1])
+    underway.own.wait()
+    found = Found(*bypass_plan.read_routes(plan, rows, tables), *lists)
+    per_weight = units_of(plan.counts)[2]
+    weights = read_bits(rows, tables.weights_in[found.source] + found.arrival * per_weight, wire_dtype(dtype)).to(dtype)
+    index = bypass_plan.rows_of_routes(found, tables)
+    forwarded.wait()
+    return Arrived(gather_rows(rows, index), weights, found)
+
+
+def spread(tokens: Tensor, plan: Plan, found: Found, links: Links) -> Tensor:
+    """Rows [M, H] of the routes from rows of the tokens [T, H], with the metadata of an earlier dispatch."""
+    layout = Layout.of(plan.counts, together=True, meta=False)
+    tables = Tables.of(layout, tokens.device)
+    _, inside, back, total = layout.at_tokens
+    index = bypass_plan.rows_to_send(plan, tables, inside, total)
+    first, _, end = layout.at_experts
+    rows = tokens.new_empty(end, tokens.shape[1])
+    rows[:first] = tokens
+    sent = gather_rows(tokens, index[back - inside : total - inside])
+    between = links.between(rows[first:inside], sent, layout.between)
+    index = index[: back - inside]
+    index.scatter_(
+        0, bypass_plan.forwarded_rows(found, tables) - inside, bypass_plan.rows_to_forward(found, tables)
+    )
+    of_routes = bypass_plan.rows_of_routes(found, tables)
+    between.wait()
+    links.inside(rows[inside:], gather_rows(rows[:inside], index), layout.inside[0]).wait()
+    return gather_rows(rows, of_routes)
+
+
+def collect(
+    rows: Tensor, plan: Plan, found: Found, links: Links, weights: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Sums [T, H] over the routes of each token, first at the experts, then in the node, then at the token's rank.
+
+    Args: rows [M, H] of the routes; numbers [M] of the routes, which return to the tokens' ranks as they are.
+
+    Returns:
+        [T, H]; [N] the numbers of the routes that this rank sent, None without `weights`.
+    """
+    layout = Layout.of(plan.counts, together=True, meta=weights is not None)
+    tables = Tables.of(layout, rows.device)
+    first, inside, end = layout.at_experts
+    _, _, back, total = layout.at_tokens
+    per_row, _, per_weight = units_of(plan.counts)
+    summed = gather_sum(rows, bypass_plan.routes_of_rows(plan, found, tables, end + spare_rows(plan.counts)))
+    if weights is not None:
+        remote = plan.places.node_of[found.source] != plan.places.node_of[plan.places.rank]
+        at = tables.weights_in[found.source] + found.arrival * per_weight
+        write_bits(summed, torch.where(remote, end * per_row, at), weights)
+    gathered = rows.new_empty(total, rows.shape[1])
+    returned = links.inside(gathered[inside:back], summed[inside:end], layout.inside[0].back)
+    gathered[:inside] = summed[:inside]
+    parts = bypass_plan.parts_of_pilots(plan, found, tables, layout)
+    returned.wait()
+    pilots = gather_sum(gathered[:back], parts)
+    if weights is not None:
+        write_bits(pilots, torch.where(remote, at - first * per_row, (inside - first) * per_row), weights)
+    returned = links.between(gathered[back:], pilots[: inside - first], layout.between.back)
+    of_tokens = bypass_plan.tokens_table(plan, tables)
+    returned.wait()
+    sums = gather_sum(gathered, of_tokens)
+    if weights is None:
+        return sums, None
+    number = torch.arange(plan.route_ranks.shape[0], device=rows.device)
+    at = tables.weights_out[plan.route_ranks] + number * per_weight
+    return sums, read_bits(gathered, at, weights.dtype)
+
+
+class Dispatch(torch.autograd.Function):
+    """Gradients of a dispatch that was made: tokens [T, H] and weights [N] to rows [M, H] and weights [M]."""
+
+    @staticmethod
+    def forward(ctx, tokens, weights, arrived, plan, links):
+        ctx.plan, ctx.found, ctx.links = plan, arrived.found, links
+        ctx.weights_dtype = weights.dtype
+        return arrived.rows, arrived.weights
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_rows, grad_weights):
+        grad_weights = grad_weights.to(wire_dtype(grad_weights.dtype))
+        tokens, weights = collect(grad_rows, ctx.plan, ctx.found, ctx.links, grad_weights)
+        return tokens, weights.to(ctx.weights_dtype), None, None, None
+
+
+class Combine(torch.autograd.Function):
+    """Rows [M, H] of the routes to their sums [T, H] for each token."""
+
+    @staticmethod
+    def forward(ctx, rows, plan, found, links):
+        ctx.plan, ctx.found, ctx.links = plan, found, links
+        return collect(rows, plan, found, links)[0]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        return spread(grad, ctx.plan, ctx.found, ctx.links), None, None, None

@@ -1,0 +1,201 @@
+"""Redundancy-bypassing dispatch (RBD): one row per token and node crosses the network (paper, section 4.2)."""
+
+from dataclasses import replace
+
+import torch
+import torch.distributed as dist
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from megatron_xmoe.dispatch.base import PaddingFreeDispatcher
+from megatron_xmoe.dispatch.bypass_exchange import Combine, Dispatch, Links, finish_dispatch, start_dispatch
+from megatron_xmoe.dispatch.bypass_plan import Plan
+from megatron_xmoe.dispatch.layout import Counts
+from megatron_xmoe.dispatch.pilots import Copies, PilotRule, Places, choose_copies, salt_of
+from megatron_xmoe.dispatch.raw_bits import wire_dtype
+from megatron_xmoe.dispatch.state import BypassState
+from megatron_xmoe.metrics import Traffic, record_traffic, recording
+from megatron_xmoe.ops import Routes
+from megatron_xmoe.parallel_state import NodeTopology
+from megatron_xmoe.profiling import profiled
+
+LARGEST_WORD = 2**31 - 1
+
+
+@profiled(
+    dispatch_preprocess="permute",
+    token_dispatch="dispatch",
+    dispatch_postprocess="permute",
+    combine_preprocess="unpermute",
+    token_combine="combine",
+    combine_postprocess="unpermute",
+)
+class RedundancyBypassDispatcher(PaddingFreeDispatcher):
+    """Sends a token once to each other node and once to each rank of a node, and sums its results the same way back.
+
+    Six exchanges forward: counts; pilots between nodes; copies of this node's tokens; copies of what other nodes sent;
+    and two for the way back. Four backward. Indices and routing weights travel with the rows, at most 16 bytes a route.
+    The counts say the sizes of all of them, so the host waits for the device once, and not at all in the backward pass.
+
+    Experts get their rows in the same order as from the plain dispatcher. Sums are rounded once on each level.
+    """
+
+    def __init__(
+        self,
+        num_local_experts: int,
+        config: TransformerConfig,
+        pg_collection: ProcessGroupCollection,
+        topology: NodeTopology,
+        min_capacity: int = 0,
+        guard: bool | None = None,
+        pilot: PilotRule = "balanced",
+        overlap: bool = True,
+    ) -> None:
+        """Args are those of PaddingFreeDispatcher, and these.
+
+        Args:
+            topology: nodes of the expert-parallel group; several, and one of them with several ranks.
+            pilot: "balanced" spreads pilots over a node's ranks by a hash; "first" takes the first that has an expert.
+            overlap: what stays in the node, and shared experts, do not wait for what crosses the network.
+        """
+        super().__init__(num_local_experts, config, pg_collection, topology, min_capacity, guard)
+        self.pilot = pilot
+        self.overlap = overlap
+        self.links = Links(self.ep_group, topology.intra_group, self.guard)
+        self.host_places = Places.of(topology.node_of, topology.rank, "cpu")
+        self.places = self.host_places
+
+    def dispatch_preprocess(
+        self, hidden_states: Tensor, routing_map: Tensor, probs: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Choose pilots and agree on all numbers.
+
+        Args: hidden_states [S, B, H]; routing_map [T, E] bool; probs [T, E].
+
+        Returns:
+            Tokens [T, H], and the weights [N] of this rank's routes.
+
+        Raises:
+            ValueError: more tokens than an index on the wire can number.
+        """
+        routes = self.routes_of(routing_map, probs)
+        tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
+        self._check_size(*routes.inverse.shape)
+        if self.places.node_of.device != tokens.device:
+            self.places = Places.of(self.topology.node_of, self.topology.rank, tokens.device)
+        salt = salt_of(self.layer_number, self.ep_rank) if self.pilot == "balanced" else None
+        copies = choose_copies(routes, self.num_local_experts, self.places, salt)
+        sent, received, everywhere = self._exchange_counts(routes, copies)
+        on_cpu = torch.cat([sent, received, everywhere]).cpu()  # the one host synchronisation of a pass
+        counts = self._counts(on_cpu, tokens, probs.dtype)
+        num_routes = int(counts.routes[0].sum())
+        if recording():
+            record_traffic(self.layer_number, self._traffic(counts))
+        plan = Plan(
+            counts=counts,
+            places=self.places,
+            received=received,
+            target=copies.target.to(torch.int32),
+            number=copies.number.to(torch.int32),
+            route_ranks=routes.expert_ids[:num_routes].to(torch.int64) // self.num_local_experts,
+            slots=min(self.num_local_experts, routes.inverse.shape[1]),
+            arrival_order=self.sources > 1,
+        )
+        of_tensor_ranks = on_cpu[2 * self.ep_size :, -self.num_local_experts :]
+        self.state = BypassState(
+            hidden_shape=hidden_states.shape,
+            kept_per_expert=routes.tokens_per_expert,
+            probs_dtype=probs.dtype,
+            plan=plan,
+            copies=copies,
+            **self.arrival_state(
+                of_tensor_ranks.reshape(self.sources, self.ep_size, -1), tokens.device, ordered=self.sources == 1
+            ),
+        )
+        return tokens, routes.combine_weights[:num_routes]
+
+    def token_dispatch(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
+        """Exchange tokens [T, H] and weights [N]; returns rows [M, H] and weights [M] of the routes to this rank.
+
+        They are in expert order; with expert tensor parallelism in the order of the plain dispatcher's arrival.
+        """
+        plan = self.state.plan
+        if self.shared_experts is not None:
+            self.shared_experts.wait_current_stream()
+        underway = start_dispatch(hidden_states.detach(), probs.detach(), self.state.copies, plan, self.links)
+        if not self.overlap:
+            underway.between.wait()
+            underway.own.wait()
+        elif self.shared_experts is not None:
+            self.shared_experts.linear_fc1_forward_and_act()
+        arrived = finish_dispatch(underway, plan, self.links, probs.dtype)
+        self.state = replace(self.state, copies=None, found=arrived.found)
+        rows, weights = Dispatch.apply(hidden_states, probs, arrived, plan, self.links)
+        if not self.overlap and self.shared_experts is not None:
+            self.shared_experts.linear_fc1_forward_and_act(rows)
+        return rows, weights
+
+    def token_combine(self, hidden_states: Tensor) -> Tensor:
+        """Sum expert outputs [M, H] on the way back to the tokens' ranks: [T, H]."""
+        state = self.state
+        if self.shared_experts is not None:
+            self.shared_experts.wait_current_stream()
+        output = Combine.apply(hidden_states, state.plan, state.found, self.links)
+        if self.shared_experts is not None:
+            self.shared_experts.linear_fc2_forward(output)
+            self.shared_experts.post_forward_comm()
+        return output
+
+    def combine_postprocess(self, hidden_states: Tensor) -> Tensor:
+        """Sums [T, H] in the layer's shape [S, B, H]."""
+        state, self.state = self.state, None
+        return hidden_states.view(state.hidden_shape)
+
+    def _exchange_counts(self, routes: Routes, copies: Copies) -> tuple[Tensor, Tensor, Tensor]:
+        """On the device: what this rank tells each rank [G, 2R + L] (see Counts), what each rank tells it, and what
+        its `sources` are told [ETP * G, 2R + L]."""
+        table = copies.counts.flatten()
+        mirrored = torch.cat([table, table.new_zeros(1)])[self.places.mirror].view_as(copies.counts)
+        per_rank = routes.tokens_per_expert.view(self.ep_size, self.num_local_experts)
+        sent = torch.cat([copies.counts, mirrored, per_rank], dim=1)
+        received = torch.empty_like(sent)
+        dist.all_to_all_single(received, sent, group=self.ep_group)
+        return sent, received, self.of_tensor_ranks(received).flatten(0, 1)
+
+    def _counts(self, on_cpu: Tensor, tokens: Tensor, probs_dtype: torch.dtype) -> Counts:
+        sent, received = on_cpu[: 2 * self.ep_size].chunk(2)
+        return Counts(
+            places=self.host_places,
+            tokens=tokens.shape[0],
+            row_bytes=tokens.shape[1] * tokens.element_size(),
+            weight_bytes=wire_dtype(probs_dtype).itemsize,
+            sent=sent,
+            received=received,
+        )
+
+    def _traffic(self, counts: Counts) -> Traffic:
+        remote = counts.places.node_of != counts.places.node_of[counts.places.rank]
+        other = torch.arange(self.ep_size) != self.ep_rank
+        rows, routes = counts.rows[0], counts.routes[0].sum(dim=1)
+        # besides meta rows, each rank gets its counts
+        metadata = counts.meta_rows[0] * counts.row_bytes + counts.sent.shape[1] * counts.sent.element_size()
+        return Traffic(
+            routes=int(routes.sum()),
+            routes_remote=int(routes[remote].sum()),
+            inter_rows=int(rows[remote].sum()),
+            intra_rows=int(rows[~remote].sum() + counts.lists[1].sum()),
+            row_bytes=counts.row_bytes,
+            inter_metadata=int(metadata[remote].sum()),
+            intra_metadata=int(metadata[~remote & other].sum()),
+            padded_rows=self.padded_rows(counts.routes[0], counts.tokens),
+        )
+
+    def _check_size(self, tokens: int, topk: int) -> None:
+        per_token = self.places.width * min(self.num_local_experts, topk)
+        if tokens * per_token > LARGEST_WORD:
+            raise ValueError(
+                f"{tokens} tokens of a rank's micro-batch; with {self.places.width} ranks on a node redundancy "
+                f"bypassing takes at most {LARGEST_WORD // per_token}. Fix: use smaller micro-batches, or "
+                "--xmoe-dispatcher alltoall"
+            )

@@ -1,0 +1,394 @@
+"""Figures about the experts: definitions by hand-computed numbers, what counts and what does not, and the ranges."""
+
+import math
+from collections import Counter
+
+import harness
+import pytest
+import torch
+from test_layer import HIDDEN, classes, layer, tokens
+
+from megatron_xmoe import figures, metrics, profiling
+from megatron_xmoe.metrics import Traffic, XMoETracker, flat_traffic
+from megatron_xmoe.profiling import STAGES, MemoryProbe, StageClock, profile_range
+
+EXPERTS, TOPK, TOKENS = 4, 2, 10
+
+
+@pytest.fixture(scope="module", autouse=True)
+def groups():
+    with harness.single_process(), harness.model_parallel():
+        yield
+
+
+@pytest.fixture
+def install():
+    """Installs a tracker, and puts Megatron's own back."""
+    from megatron.core.transformer.moe import moe_logging
+
+    def make(level="layers", log_interval=1, breakdown=False, layers=1):
+        moe_logging.set_moe_metrics_tracker(XMoETracker(layers, EXPERTS, log_interval, level, breakdown))
+        return moe_logging.get_moe_metrics_tracker()
+
+    yield make
+    moe_logging.destroy_moe_metrics_tracker()
+
+
+class Writer:
+    """Stands in for TensorBoard's and W&B's writers."""
+
+    def __init__(self):
+        self.scalars, self.tensors = {}, {}
+
+    def add_scalar(self, tag, value, iteration):
+        self.scalars[tag, iteration] = value
+
+    def add_tensor(self, tag, tensor, iteration):
+        self.tensors[tag, iteration] = tensor
+
+    def log(self, scalars, iteration):
+        self.scalars |= {(tag, iteration): value for tag, value in scalars.items()}
+
+
+def report(tracker, iteration, **writers):
+    """Megatron's call after an iteration."""
+    return tracker.report(loss_scale=1.0, iteration=iteration, track_names=[], num_layers=1, **writers)
+
+
+def sums_of(**given):
+    """SUMS of two layers, zeros where nothing is given."""
+    zeros = torch.zeros(2, dtype=torch.float64)
+    return {name: torch.tensor(given[name], dtype=torch.float64) if name in given else zeros for name in figures.SUMS}
+
+
+def test_traffic_of_two_nodes():
+    """Ranks 1 and 2 share a node; rank 2 sends 7 rows to itself, 2 inside the node, 3 + 5 out of it."""
+    traffic = flat_traffic([3, 2, 7, 5], 2, ["a", "b", "b", "c"], 100, bytes_per_route=4, bytes_per_rank=16,
+                           padded_rows=40)  # fmt: skip
+    assert (traffic.routes, traffic.routes_remote, traffic.inter_rows, traffic.intra_rows) == (17, 8, 8, 2)
+    assert traffic.inter_bytes == 2 * 8 * 100 + 4 * 8 + 2 * 16  # there and back, weights, counts for two ranks
+    assert traffic.intra_bytes == 2 * 2 * 100 + 4 * 2 + 16
+    assert traffic.padding_rows == 40 - 17
+    assert traffic.redundancy == 0
+
+
+def test_redundancy_of_traffic():
+    pilots = Traffic(20, 16, 4, 9, row_bytes=10, inter_metadata=0, intra_metadata=0, padded_rows=20)
+    assert pilots.redundancy == 0.75
+    inside = Traffic(20, 0, 0, 9, row_bytes=10, inter_metadata=0, intra_metadata=0, padded_rows=20)
+    assert math.isnan(inside.redundancy)
+
+
+def test_figures_of_layers():
+    """Layer 1: one expert idle, one with half of the routes; layer 2 has no experts at all."""
+    loads = torch.tensor([[4, 2, 2, 0], [0, 0, 0, 0]], dtype=torch.float64)
+    sums = sums_of(passes=[2, 0], routes=[6, 0], routes_remote=[4, 0], inter_rows=[1, 0], inter_bytes=[2**22, 0],
+                   intra_bytes=[2**21, 0], padding_rows=[2, 0], padding_bytes=[2**20, 0], dispatch=[3, 0],
+                   combine=[1, 0])  # fmt: skip
+    expected = {
+        "load-max": 2.0,
+        "load-entropy": (0.5 * 1 + 2 * 0.25 * 2) / 2,  # bits, of log2(4)
+        "idle-experts": 0.25,
+        "drop-rate": 0.25,
+        "padding-avoided": 0.25,
+        "padding-avoided-MiB": 0.5,
+        "redundancy": 0.75,
+        "inter-node-MiB": 2.0,
+        "intra-node-MiB": 1.0,
+        "alltoall-ms": 2.0,
+    }
+    found = figures.figures_of_layers(loads, sums)
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert found[name][0].item() == pytest.approx(value), name
+        assert math.isnan(found[name][1]), name
+    assert figures.relative_loads(loads).tolist() == [[2, 1, 1, 0], [0, 0, 0, 0]]
+
+
+def test_overall_figures():
+    """Balance is the mean over layers, all else is of the sums; the worst layer is named."""
+    loads = torch.tensor([[2, 2, 2, 2], [8, 8, 0, 0]], dtype=torch.float64)
+    sums = sums_of(passes=[1, 1], routes=[8, 12], routes_remote=[1, 9], inter_rows=[1, 4], dispatch=[1, 5])
+    overall = figures.overall_figures(loads, sums)
+    assert overall["load-max"] == 1.5 and overall["load-entropy"] == 0.75 and overall["idle-experts"] == 0.25
+    assert overall["load-max-of-worst-layer"] == 2 and overall["worst-layer"] == 2
+    assert overall["drop-rate"] == pytest.approx(1 - 20 / 24) and overall["redundancy"] == 0.5
+    assert overall["alltoall-ms"] == 3
+
+
+def test_one_expert_is_balanced():
+    found = figures.figures_of_layers(torch.tensor([[5.0], [0.0]]), sums_of())
+    assert found["load-entropy"][0] == 1 and found["load-max"][0] == 1
+
+
+def test_console_text():
+    shown = {"load-max": 1.5, "worst-layer": 3.0, "load-max-of-worst-layer": 2.25, "idle-experts": 0.125,
+             "drop-rate": 0.0, "redundancy": 0.5, "inter-node-MiB": 3.0, "alltoall-ms": 1.25,
+             "alltoall-slowest-rank": 7.0, "alltoall-slowest-ms": 9.5}  # fmt: skip
+    assert figures.console_text(shown) == (
+        " expert load max/mean: 1.50 (layer 3: 2.25) | idle experts: 12.5% | dropped: 0.0% |"
+        " inter-node: 3.00 MiB, 50.0% saved | all-to-all (ms): 1.25 (rank 7: 9.50) |"
+    )
+    assert "inter-node" not in figures.console_text(shown | {"redundancy": math.nan})  # one node
+
+
+def test_breakdown_table():
+    times = dict.fromkeys(STAGES, [0.0, 0.0]) | {"gate": [1.0, 1.0], "experts": [4.0, 2.0]}
+    breakdown = figures.breakdown_of(sums_of(passes=[2, 2], **times))
+    table = figures.breakdown_table(breakdown, 3, 4).splitlines()
+    assert "iterations 3 to 4" in table[0]
+    assert [line.split()[-2:] for line in table[2:]] == [
+        ["0.500", "25.0%"], ["0.000", "0.0%"], ["0.000", "0.0%"], ["1.500", "75.0%"], ["0.000", "0.0%"],
+        ["0.000", "0.0%"], ["2.000", "100.0%"],
+    ]  # fmt: skip
+
+
+def test_an_interval_holds_its_own_passes_only(install):
+    """Figures of two iterations come at the second, and the next interval begins anew."""
+    tracker, writer, built = install(log_interval=2), Writer(), layer(classes()[1], moe_expert_capacity_factor=0.5)
+    capacity = 3  # ceil(10 * 2 / 4 * 0.5)
+    maps = []
+    for iteration in (1, 2, 3, 4):
+        for micro_batch in range(iteration):
+            _, routing_map = built.route(tokens(micro_batch))
+            built(tokens(micro_batch))
+            maps.append(routing_map)
+        text = report(tracker, iteration, writer=writer)
+        assert ("expert load" in text) == (iteration % 2 == 0)
+        if iteration % 2 == 0:
+            loads = sum(m.sum(dim=0) for m in maps)
+            kept = sum(m.sum(dim=0).clamp_max(capacity) for m in maps)
+            assert writer.scalars["xmoe/load-max", iteration] == pytest.approx((loads.max() / loads.sum() * 4).item())
+            # `route` alone was counted as well as the whole pass
+            expected = 1 - kept.sum().item() / (2 * loads.sum().item())
+            assert writer.scalars["xmoe/drop-rate", iteration] == pytest.approx(expected)
+            padded = len(maps) * EXPERTS * capacity
+            assert writer.scalars["xmoe/padding-avoided", iteration] == pytest.approx(1 - kept.sum().item() / padded)
+            heat = writer.tensors["xmoe-expert-load", iteration]
+            assert heat[0].tolist() == pytest.approx((loads / loads.sum() * 4).tolist())
+            maps.clear()
+    assert {iteration for _, iteration in writer.scalars} == {2, 4}
+
+
+def test_padding_without_capacity_is_that_of_the_largest_expert(install):
+    tracker, writer, built = install(), Writer(), layer(classes()[1])
+    _, routing_map = built.route(tokens())
+    report(tracker, 1)
+    built(tokens())
+    report(tracker, 2, wandb_writer=writer)
+    largest = routing_map.sum(dim=0).max().item()
+    padding = EXPERTS * largest - TOKENS * TOPK
+    assert writer.scalars["xmoe/padding-avoided", 2] == pytest.approx(padding / (EXPERTS * largest))
+    assert writer.scalars["xmoe/padding-avoided-MiB", 2] == pytest.approx(padding * HIDDEN * 8 / 2**20)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_evaluation_and_recomputation_are_not_counted(install, recompute):
+    options = {"recompute_granularity": "selective", "recompute_modules": ["moe"]} if recompute else {}
+    tracker, built = install(), layer(classes()[1], **options)
+    with torch.no_grad():
+        built(tokens(1))
+    output, _ = built(tokens().requires_grad_())
+    output.sum().backward()
+    loads, sums, _ = tracker._reduce()
+    assert loads.sum() == TOKENS * TOPK
+    assert sums["passes"].tolist() == [1] and sums["routes"].tolist() == [TOKENS * TOPK]
+
+
+def test_clearing_after_an_evaluation_keeps_the_interval(install):
+    """Megatron clears its own metrics after an evaluation, in the middle of an interval."""
+    tracker, built = install(), layer(classes()[1])
+    built(tokens())
+    tracker.clear()
+    assert tracker._reduce()[0].sum() == TOKENS * TOPK
+
+
+def test_megatrons_own_metrics_stay(install):
+    tracker = install("summary", log_interval=2)
+    tracker.record("z_loss", torch.tensor(3.0), layer_number=1, num_layers=1)
+    text = tracker.report(loss_scale=1.0, iteration=1, track_names="z_loss", num_layers=1, pg_collection=None)
+    assert text == " z_loss: 3.00 |"
+
+
+def test_levels(install):
+    """Tags do not depend on the values; 'off' with the table of stages writes that table alone."""
+    tags = {}
+    for level in ("off", "summary", "layers"):
+        tracker, writer, built = install(level, breakdown=level == "off"), Writer(), layer(classes()[1])
+        built(tokens())
+        text = report(tracker, 1, writer=writer)
+        assert ("expert load" in text) == (level != "off")
+        tags[level] = {tag for tag, _ in writer.scalars}
+        assert bool(writer.tensors) == (level == "layers")
+    assert tags["off"] == {f"xmoe-breakdown/{stage}-ms" for stage in STAGES}
+    assert {"xmoe/load-max", "xmoe/alltoall-ms", "xmoe/alltoall-slowest-rank"} < tags["summary"]
+    assert "xmoe/redundancy" not in tags["summary"]  # one node: nothing to save
+    assert tags["layers"] - tags["summary"] >= {"xmoe-load-max/layer-001", "xmoe-intra-node-MiB/layer-001"}
+
+
+def test_nothing_is_recorded_without_a_tracker():
+    """Megatron's own tracker is left as it is."""
+    from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
+
+    built = layer(classes()[1])
+    assert not metrics.recording()
+    built(tokens())
+    assert not get_moe_metrics_tracker().metrics
+
+
+def test_installing_nothing(monkeypatch):
+    installed = []
+    monkeypatch.setattr(metrics, "set_moe_metrics_tracker", installed.append)
+    metrics.install_metrics("off", False, 1, 4, 1)
+    assert not installed
+    metrics.install_metrics("off", True, 1, 4, 1)
+    metrics.install_metrics("summary", False, 1, 4, 1)
+    assert len(installed) == 2
+
+
+def test_breakdown_is_printed(install, capsys):
+    tracker, built = install("off", breakdown=True, log_interval=2), layer(classes()[1])
+    for iteration in (5, 6):
+        built(tokens())
+        report(tracker, iteration)
+    table = capsys.readouterr().out.splitlines()
+    assert table[0].endswith("of iterations 5 to 6")
+    assert [line.split()[-3] for line in table[2:8]] == [f"xmoe.{stage}" for stage in STAGES]
+    assert all(float(line.split()[-2]) > 0 for line in table[2:])
+
+
+class Clock:
+    """Events of a device that gets further only when it is told to."""
+
+    now, reached = 0.0, 0.0
+
+    class Event:
+        """Stands in for torch.cuda.Event."""
+
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.when = Clock.now
+
+        def query(self):
+            return self.when <= Clock.reached
+
+        def elapsed_time(self, end):
+            assert end.query()
+            return end.when - self.when
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    Clock.now = Clock.reached = 0.0
+    monkeypatch.setattr(torch.cuda, "Event", Clock.Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: setattr(Clock, "reached", Clock.now))
+    return StageClock(("dispatch", "experts", "permute"))
+
+
+def test_nested_stages_are_not_counted_twice(clock):
+    """10 in experts, of which 3 + 1 in permute; gate is not asked for."""
+    for stage, pause in (("gate", 1), ("experts", 2)):
+        clock.begin(4, stage)
+        Clock.now += pause
+        clock.end(stage) if stage == "gate" else None
+    for pause in (3, 1):
+        clock.begin(4, "permute")
+        Clock.now += pause
+        clock.end("permute")
+        Clock.now += 2
+    clock.end("experts")
+    assert clock.read() == {(4, "experts"): 6.0, (4, "permute"): 4.0}
+    assert clock.read() == {}
+
+
+def test_the_clock_waits_only_when_it_is_read(clock):
+    """Events that have not happened stay; those that have are used again."""
+    for _ in range(3):
+        clock.begin(1, "dispatch")
+        Clock.now += 5
+        clock.end("dispatch")
+    assert len(clock._pending) == 3
+    Clock.reached = Clock.now
+    clock.begin(2, "dispatch")
+    Clock.now += 1
+    clock.end("dispatch")
+    assert len(clock._pending) == 1 and len(clock._unused) == 6
+    assert clock.read() == {(1, "dispatch"): 15.0, (2, "dispatch"): 1.0}
+
+
+def test_memory_of_the_first_pass_after_arming(monkeypatch):
+    """Layer 1 rises by 30 and falls to 20; its second pass, and passes before arming, are not looked at."""
+    readings = iter([100, 110, 130, 120, 200, 207])
+    monkeypatch.setattr(profiling, "allocated_bytes", lambda: next(readings))
+    probe = MemoryProbe()
+
+    def run(number, *stages):
+        for stage in stages:
+            probe.begin(number, stage)
+            probe.end(number)
+
+    run(1, *STAGES)
+    probe.arm()
+    run(1, "gate", "experts", "unpermute")
+    run(2, "gate")
+    run(1, *STAGES)
+    assert probe.peaks == {1: 30, 2: 7} and next(readings, None) is None
+
+
+def test_memory_is_reported(install, monkeypatch):
+    size = iter(range(0, 2**40, 2**20))
+    monkeypatch.setattr(profiling, "allocated_bytes", lambda: next(size))
+    tracker, writer, built = install(), Writer(), layer(classes()[1])
+    for iteration in (1, 2):
+        built(tokens())
+        report(tracker, iteration, writer=writer)
+    assert ("xmoe/memory-MiB", 1) not in writer.scalars  # armed by the first report
+    ends = 8  # gate, permute, dispatch, permute, unpermute, experts around these two, combine, unpermute
+    assert writer.scalars["xmoe/memory-MiB", 2] == writer.scalars["xmoe-memory-MiB/layer-001", 2] == ends
+
+
+def test_extremes_of_ranks():
+    """What the maximum over ranks means: the longest time with its rank, the shortest with its rank, most memory."""
+    bits, absent = metrics._RANK_BITS, metrics._ABSENT
+    ranks = [(3_000_000, 0), (1_500_000, 7), (9_000_000, 5)]  # ns, rank
+    slowest = max((ns << bits) + rank for ns, rank in ranks)
+    fastest = max((-ns << bits) + rank for ns, rank in ranks)
+    named = metrics._named_extremes(torch.tensor([[slowest, fastest, 3 * 2**20], [absent, absent, 0]]))
+    assert {name: values[0].item() for name, values in named.items()} == {
+        "alltoall-slowest-ms": 9.0, "alltoall-slowest-rank": 5.0, "alltoall-fastest-ms": 1.5,
+        "alltoall-fastest-rank": 7.0, "memory-MiB": 3.0,
+    }  # fmt: skip
+    assert all(math.isnan(values[1]) for values in named.values())
+
+
+def test_ranges_in_torchs_profiler():
+    built = layer(classes()[1])
+    with torch.profiler.profile() as profiler:
+        built(tokens())
+    shown = Counter(event.name for event in profiler.events() if event.name.startswith("xmoe."))
+    expected = {f"xmoe.{stage}": 1 for stage in STAGES} | {"xmoe.permute": 2, "xmoe.unpermute": 2}
+    assert shown == expected
+
+
+def test_nvtx_ranges(monkeypatch):
+    """Megatron switches them on; they nest, and are closed even if a stage fails."""
+    from megatron.core.utils import configure_nvtx_profiling
+
+    open_ranges, seen = [], []
+    monkeypatch.setattr(torch.cuda.nvtx, "range_push", lambda name: (open_ranges.append(name), seen.append(name)))
+    monkeypatch.setattr(torch.cuda.nvtx, "range_pop", open_ranges.pop)
+    built = layer(classes()[1])
+    built(tokens())
+    assert not seen
+    configure_nvtx_profiling(True)
+    try:
+        built(tokens())
+        with pytest.raises(ValueError), profile_range("gate"):
+            raise ValueError
+    finally:
+        configure_nvtx_profiling(False)
+    stages = ["gate", "permute", "dispatch", "experts", "permute", "unpermute", "combine", "unpermute", "gate"]
+    ours = [name for name in seen if name.startswith("xmoe.")]  # Megatron's own are among them
+    assert ours == [f"xmoe.{stage}" for stage in stages] and not open_ranges
