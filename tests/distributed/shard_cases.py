@@ -101,13 +101,15 @@ def build(case: Case, layout: Layout, mode: str, dtype: torch.dtype = torch.floa
     xmoe = XMoEConfig(
         moe_backend="xmoe",
         xmoe_dispatcher=case.dispatcher if layout.ep > 2 else "alltoall",
-        xmoe_ranks_per_node="2",
+        xmoe_ranks_per_node="2" if dist.get_world_size() > 1 else None,
         xmoe_sequence_shard="auto" if mode == "sp" else mode,
         xmoe_shared_expert=case.shared or "tensor",
         xmoe_combine_weights="logits" if case.logits else "probs",
     )
     spec = get_gpt_decoder_block_spec(config, use_transformer_engine=False, normalization="RMSNorm")
     block = TransformerBlock(config, substitute(spec, substitutions(config, xmoe)), post_layer_norm=False)
+    if case.dispatcher == "rbd" and layout.ep > 2:
+        assert "Redundancy" in type(block.layers[0].mlp.token_dispatcher).__name__
     if case.gate_bias:
         for layer in block.layers:
             layer.mlp.router.bias = torch.nn.Parameter(torch.zeros(EXPERTS, dtype=dtype))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from jobs import TOY, run_job, start_from
+from jobs import TOY, run_job, saved_tensors, start_from
 from recorder import Record
 from tolerances import relative_rms_error
 
@@ -136,3 +136,23 @@ def updates_of(record: Record) -> dict[str, torch.Tensor]:
     """The change of every parameter by the first step."""
     before, after = record.parameters
     return {name: after[name] - start for name, start in before.items()}
+
+
+@pytest.mark.parametrize("shared", ["tensor", "sequence"])
+def test_checkpoints_are_megatrons(shared, references, tmp_path):
+    """What a sharded run saves has the names, shapes and values of what stock Megatron saves in one process."""
+    weights, _ = references("")
+    saving = ["--save-interval", "2", "--ckpt-format", "torch_dist", "--no-save-optim", "--train-iters", "2"]
+    xmoe = [*f"{TP2} {EP2} --moe-backend xmoe --xmoe-shared-expert".split(), shared]
+    saved = []
+    for name, processes, options in (("stock", 1, []), ("xmoe", 2, xmoe)):
+        command = [*TOY, *TRAINED, *start_from(weights), *saving, "--save", str(tmp_path / name), *options]
+        run_job(command, processes=processes)
+        tensors = saved_tensors(tmp_path / name, 2)
+        saved.append({key: tensor for key, tensor in tensors.items() if "rng" not in key})
+    stock, xmoe = saved
+    assert xmoe.keys() == stock.keys() and any("shared_experts" in name for name in stock)
+    for name, tensor in stock.items():
+        assert xmoe[name].shape == tensor.shape
+        if tensor.is_floating_point():
+            assert relative_rms_error(xmoe[name], tensor) < GRADIENT_TOLERANCE, name
