@@ -131,7 +131,7 @@ class XMoELayer(MoELayer):
         Args: hidden_states [S, B, H]; padding_mask [S, B] bool. Returns probs [T, E] and routing_map [T, E] bool.
         """
         probs, routing_map = self.sequence.route(self._route, self.router, hidden_states, padding_mask)
-        count_routes(self._number_in_model, self.sequence.counted(hidden_states, routing_map))
+        count_routes(self._number_in_model, routing_map)
         return probs, routing_map
 
     def _route(self, hidden_states: Tensor, padding_mask: Tensor | None) -> tuple[Tensor, Tensor]:

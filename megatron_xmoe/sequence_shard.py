@@ -132,13 +132,6 @@ class BlockSequence:
             self._share = hidden_states, shard_sequence(hidden_states, self.group)
         return self._share[1]
 
-    def counted(self, hidden_states: Tensor, rows: Tensor) -> Tensor:
-        """Those of `rows` [T, ...], from `route`, that this rank counts: each token counts on one rank."""
-        if self.mode != "duplicated":
-            return rows
-        length = hidden_states.shape[0]
-        return rows.view(length, -1, *rows.shape[1:])[share_of(length, self.group)].flatten(0, 1)
-
     def route(self, route: Route, router: torch.nn.Module, hidden_states: Tensor, padding_mask: Tensor | None):
         """Route this rank's tokens.
 

@@ -43,7 +43,7 @@ def test_activations_of_the_block_fall_by_the_number_of_ranks(figures, tp):
 
 
 def test_what_is_counted_is_what_the_layer_keeps(figures):
-    """A lower bound by hand, per token in bf16: the gate's input and the experts' pre-activations (K routes, F wide)."""
+    """A lower bound by hand, per token in bf16: the gate input and the experts pre-activations (K routes)."""
     hidden, ffn, topk, tokens = 64, 32, 4, 256
     assert figures[2, "off"]["block_bytes"] > tokens * 2 * (hidden + topk * ffn)
     assert figures[2, "off"]["paper_saving_bytes"] == 4 * topk * tokens * hidden / 2
