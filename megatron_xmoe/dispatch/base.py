@@ -16,7 +16,7 @@ from torch import Tensor
 from megatron_xmoe.dispatch.capacity import expert_capacity
 from megatron_xmoe.dispatch.exchange import guards_by_default
 from megatron_xmoe.dispatch.state import DispatchState
-from megatron_xmoe.ops import Routes, build_routes_from_map, gather_rows, merge_order
+from megatron_xmoe.ops import Routes, RowsSource, build_routes_from_map, gather_rows, merge_order
 from megatron_xmoe.parallel_state import NodeTopology
 
 
@@ -119,6 +119,11 @@ class PaddingFreeDispatcher(MoETokenDispatcher):
 
     def dispatch_postprocess(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Returns rows [M, H] in expert order, rows of each local expert [E / G] (on the CPU) and weights [M]."""
+        source, tokens_per_expert, probs = self.expert_rows(hidden_states, probs)
+        return source.gathered(), tokens_per_expert, probs
+
+    def expert_rows(self, hidden_states: Tensor, probs: Tensor) -> tuple[RowsSource, Tensor, Tensor]:
+        """`dispatch_postprocess` for experts that gather their rows themselves, and need not keep them for backward."""
         if self.sources > 1:
             hidden_states, probs = (self._gather(hidden_states), self._gather(probs))
         elif self.tp_size > 1:  # each rank's gradient is that of its share of the experts
@@ -126,10 +131,11 @@ class PaddingFreeDispatcher(MoETokenDispatcher):
                 copy_to_tensor_model_parallel_region(x, group=self.tp_group) for x in (hidden_states, probs)
             )
         order, inverse = self.state.expert_order, self.state.arrival_order
+        source = RowsSource(hidden_states)
         if order is not None:
-            hidden_states = gather_rows(hidden_states, order, inverse.unsqueeze(1))
+            source = RowsSource(hidden_states, order, inverse.unsqueeze(1))
             probs = gather_rows(probs.unsqueeze(1), order, inverse.unsqueeze(1)).squeeze(1)
-        return hidden_states, self.state.tokens_per_expert, probs
+        return source, self.state.tokens_per_expert, probs
 
     def combine_preprocess(self, hidden_states: Tensor) -> Tensor:
         """Put expert outputs [M, H] back into the order of arrival, summed over expert-tensor-parallel ranks."""

@@ -325,10 +325,10 @@ class Work:
     """All-gathers of sequences in the forward and in the backward."""
 
     sent: int
-    """Rows dispatched."""
+    """Routes dispatched."""
 
     computed: int
-    """Rows that the experts computed."""
+    """Routes that the experts computed."""
 
     counted: int
     """Routes that were counted for the figures about experts."""
@@ -345,12 +345,12 @@ def work_of(layout: Layout, mode: str, length: int) -> Work:
         fill(model)
         block = model.module.layers[0].mlp
         compute = block.experts.forward
-        block.experts.forward = lambda rows, *rest: seen.append(len(rows)) or compute(rows, *rest)
+        block.experts.forward = lambda rows, counts, probs: seen.append(int(counts.sum())) or compute(rows, counts, probs)
         preprocess, sent = block.preprocess, []
 
         def watched(*args):
             result = preprocess(*args)
-            sent.append(len(result[0]))
+            sent.append(len(result[1]))
             return result
 
         block.preprocess = watched
