@@ -344,16 +344,18 @@ def work_of(layout: Layout, mode: str, length: int) -> Work:
         model = build(case, layout, mode)
         fill(model)
         block = model.module.layers[0].mlp
-        compute = block.experts.forward
-        block.experts.forward = lambda rows, counts, probs: seen.append(int(counts.sum())) or compute(rows, counts, probs)
-        preprocess, sent = block.preprocess, []
+        compute, preprocess, sent = block.experts.forward, block.preprocess, []
 
-        def watched(*args):
+        def watched_experts(rows, tokens_per_expert, probs):
+            seen.append(int(tokens_per_expert.sum()))
+            return compute(rows, tokens_per_expert, probs)
+
+        def watched_preprocess(*args):
             result = preprocess(*args)
             sent.append(len(result[1]))
             return result
 
-        block.preprocess = watched
+        block.experts.forward, block.preprocess = watched_experts, watched_preprocess
         stack.enter_context(mock.patch.object(layer_module, "count_routes", lambda _, rows: counted.append(rows.sum())))
         watch = lambda *args, **options: gathers.append(1) or gather(*args, **options)  # noqa: E731
         stack.enter_context(mock.patch.object(dist, "all_gather_into_tensor", watch))

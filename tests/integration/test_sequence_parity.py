@@ -51,7 +51,7 @@ CASES = {
     "TP2 x EP2, expert bias": Case(2, f"{TP2} {EP2}", BIAS),
     "TP2 x EP2, uneven": Case(2, f"{TP2} {EP2}", "--seq-length 15 --max-position-embeddings 15"),
     "TP2 x EP2, recomputed": Case(2, f"{TP2} {EP2} --recompute-granularity selective --recompute-modules moe"),
-    "TP2, sharded experts": Case(2, f"{TP2} --expert-tensor-parallel-size 2"),
+    "TP2, sharded experts": Case(2, f"{TP2} --expert-tensor-parallel-size 2"),  # duplicated by default
     "TP2 x DP2": Case(4, TP2),
     "TP2 x EP4 x DP2": Case(4, f"{TP2} {EP4}"),
     "TP2 x EP2 x DP2, distributed optimizer": Case(4, f"{TP2} {EP2} --use-distributed-optimizer"),
@@ -83,7 +83,8 @@ def references(tmp_path_factory):
 def trained(model: str, options: list[str], processes: int, directory: Path) -> list[Record]:
     """What each rank recorded of a run."""
     command = [*TOY, *TRAINED, *model.split(), "--train-iters", str(ITERATIONS), *options]
-    run_job(command, processes=processes, recorder=directory)
+    job = run_job(command, processes=processes, recorder=directory)
+    (directory / "output").write_text(job.output)
     return [torch.load(directory / f"{rank}.pt", weights_only=False) for rank in range(processes)]
 
 
@@ -114,6 +115,9 @@ def test_trains_as_one_process(name, references, tmp_path):
     weights, reference = references(case.model)
     options = [*case.layout.split(), "--moe-backend", "xmoe", *start_from(weights)]
     ranks = trained(case.model, options, case.processes, tmp_path)
+    told, duplicated = (tmp_path / "output").read_text(), ("shard off", "expert-tensor-parallel-size")
+    assert ("ranks computes all tokens" in told) == any(option in case.layout for option in duplicated)
+    assert ("ranks takes its share of the tokens" in told) != ("ranks computes all tokens" in told)
     losses = [rank.losses for rank in ranks if rank.losses[0]]
     assert losses and len(reference.losses) == ITERATIONS
     for found in losses:
