@@ -1,6 +1,7 @@
 """Tensor parallelism without --sequence-parallel trains as one process does: losses, gradients, updates."""
 
 import ast
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,15 +67,17 @@ CASES = {
 
 @pytest.fixture(scope="module")
 def references(tmp_path_factory):
-    """A function of the model's options: weights that stock Megatron saved, and its run from them in one process."""
-    known: dict[str, tuple[Path, Record]] = {}
+    """A function of the model's options: weights that stock Megatron saved; its run from them in one process; and the
+    auxiliary losses that it showed."""
+    known: dict[str, tuple[Path, Record, list]] = {}
 
-    def reference(model: str) -> tuple[Path, Record]:
+    def reference(model: str) -> tuple[Path, Record, list]:
         if model not in known:
             directory = tmp_path_factory.mktemp("weights")
             saving = ["--save", str(directory), "--save-interval", "1", "--ckpt-format", "torch_dist"]
             run_job(TOY, TRAINED, model.split(), "--train-iters", "1", saving)
-            known[model] = directory, trained(model, start_from(directory), 1, tmp_path_factory.mktemp("one"))[0]
+            run = tmp_path_factory.mktemp("one")
+            known[model] = directory, trained(model, start_from(directory), 1, run)[0], router_losses(run)
         return known[model]
 
     return reference
@@ -86,6 +89,12 @@ def trained(model: str, options: list[str], processes: int, directory: Path) -> 
     job = run_job(command, processes=processes, recorder=directory)
     (directory / "output").write_text(job.output)
     return [torch.load(directory / f"{rank}.pt", weights_only=False) for rank in range(processes)]
+
+
+def router_losses(directory: Path) -> list[tuple[str, float]]:
+    """Auxiliary losses that the console shows, in order."""
+    shown = re.findall(r"(\w*load_balancing_loss|z_loss): ([-+0-9.E]+)", (directory / "output").read_text())
+    return [(name, float(value)) for name, value in shown]
 
 
 def assembled(ranks: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
@@ -112,7 +121,7 @@ def assembled(ranks: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * case.slow) for n, case in CASES.items()])
 def test_trains_as_one_process(name, references, tmp_path):
     case = CASES[name]
-    weights, reference = references(case.model)
+    weights, reference, expected_losses = references(case.model)
     options = [*case.layout.split(), "--moe-backend", "xmoe", *start_from(weights)]
     ranks = trained(case.model, options, case.processes, tmp_path)
     told, duplicated = (tmp_path / "output").read_text(), ("shard off", "expert-tensor-parallel-size")
@@ -125,6 +134,9 @@ def test_trains_as_one_process(name, references, tmp_path):
             assert ours.keys() == expected.keys()
             for loss, value in expected.items():
                 assert abs(ours[loss] - value) <= LOSS_TOLERANCE * abs(value), f"iteration {i + 1}: {loss}"
+    assert len(expected_losses) == 2 * ITERATIONS
+    for (name, value), (expected_name, expected) in zip(router_losses(tmp_path), expected_losses, strict=True):
+        assert name == expected_name and abs(value - expected) <= 1e-4 * abs(expected)
     compared = {"gradient": ([rank.gradients for rank in ranks], reference.gradients, GRADIENT_TOLERANCE)}
     updates = [updates_of(rank) for rank in ranks]
     compared["update"] = (updates, updates_of(reference), UPDATE_TOLERANCE)
@@ -145,7 +157,7 @@ def updates_of(record: Record) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("shared", ["tensor", "sequence"])
 def test_checkpoints_are_megatrons(shared, references, tmp_path):
     """What a sharded run saves has the names, shapes and values of what stock Megatron saves in one process."""
-    weights, _ = references("")
+    weights, *_ = references("")
     saving = ["--save-interval", "2", "--ckpt-format", "torch_dist", "--no-save-optim", "--train-iters", "2"]
     xmoe = [*f"{TP2} {EP2} --moe-backend xmoe --xmoe-shared-expert".split(), shared]
     saved = []
