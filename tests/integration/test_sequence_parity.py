@@ -137,9 +137,10 @@ def test_trains_as_one_process(name, references, tmp_path):
     assert len(expected_losses) == 2 * ITERATIONS
     for (name, value), (expected_name, expected) in zip(router_losses(tmp_path), expected_losses, strict=True):
         assert name == expected_name and abs(value - expected) <= 1e-4 * abs(expected)
-    compared = {"gradient": ([rank.gradients for rank in ranks], reference.gradients, GRADIENT_TOLERANCE)}
     updates = [updates_of(rank) for rank in ranks]
-    compared["update"] = (updates, updates_of(reference), UPDATE_TOLERANCE)
+    compared = {"update": (updates, updates_of(reference), UPDATE_TOLERANCE)}
+    if "distributed-optimizer" not in case.layout:
+        compared["gradient"] = [rank.gradients for rank in ranks], reference.gradients, GRADIENT_TOLERANCE
     for what, (actual, expected, tolerance) in compared.items():
         actual, expected = assembled(actual), assembled([expected])
         assert actual.keys() == expected.keys() and len(actual) > 20
