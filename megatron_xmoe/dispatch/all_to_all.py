@@ -30,7 +30,7 @@ class AllToAllDispatcher(PaddingFreeDispatcher):
 
     @property
     def all_experts_here(self) -> bool:
-        """Nothing is sent and nothing shared."""
+        """Whether this rank has every expert, whole."""
         return self.ep_size == 1 and self.tp_size == 1
 
     def dispatch_preprocess(
@@ -44,8 +44,6 @@ class AllToAllDispatcher(PaddingFreeDispatcher):
             rows [N, H], or the tokens [T, H] where nothing is sent; and weights [N].
         """
         routes = self.routes_of(routing_map, probs)
-        if self.shared_experts is not None:  # before the host has to wait for the numbers
-            self.shared_experts.pre_forward_comm(hidden_states)
         sent, received = self._exchange_counts(routes.tokens_per_expert)
         num_rows = int(sent.sum())
         if recording():
@@ -56,7 +54,7 @@ class AllToAllDispatcher(PaddingFreeDispatcher):
             token_ids=routes.token_ids[:num_rows],
             kept_per_expert=routes.tokens_per_expert,
             input_splits=sent.sum(dim=1).tolist(),
-            output_splits=received[self.tp_rank].sum(dim=1).tolist(),
+            output_splits=received[self.source].sum(dim=1).tolist(),
             probs_dtype=probs.dtype,
             **self.arrival_state(received, hidden_states.device),
         )
@@ -77,7 +75,7 @@ class AllToAllDispatcher(PaddingFreeDispatcher):
         return rows, self._exchange(probs, *splits)
 
     def expert_rows(self, hidden_states: Tensor, probs: Tensor) -> tuple[RowsSource, Tensor, Tensor]:
-        """See PaddingFreeDispatcher; the experts' rows are not put in order before, where all are here."""
+        """See PaddingFreeDispatcher; the rows of experts that are all here are taken from the tokens."""
         if not self.all_experts_here:
             return super().expert_rows(hidden_states, probs)
         state = self.state
@@ -97,7 +95,7 @@ class AllToAllDispatcher(PaddingFreeDispatcher):
     def combine_postprocess(self, hidden_states: Tensor) -> Tensor:
         """Sum the rows of each token (the experts applied the weights already): [N, H] to [S, B, H]."""
         state, self.state = self.state, None
-        return self.finished(gather_sum(hidden_states, state.inverse, token_ids=state.token_ids), state)
+        return gather_sum(hidden_states, state.inverse, token_ids=state.token_ids).view(state.hidden_shape)
 
     def _exchange(self, rows: Tensor, output_splits: list[int], input_splits: list[int]) -> Tensor:
         return exchange_rows(

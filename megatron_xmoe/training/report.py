@@ -15,6 +15,7 @@ from megatron_xmoe.dispatch.choice import dispatcher_for
 from megatron_xmoe.kernels.grouped_gemm import choose_grouped_gemm
 from megatron_xmoe.kernels.registry import kernels_in_use, triton_is_usable
 from megatron_xmoe.parallel_state import node_topology
+from megatron_xmoe.sequence_shard import block_mode
 from megatron_xmoe.specs import uses_torch_attention
 from megatron_xmoe.version import __version__
 
@@ -48,6 +49,7 @@ def print_report(xmoe: XMoEConfig, adjustments: list[str], stand_ins: int, repai
         lines += [
             *(f"dispatcher   {line}" for line in _dispatchers(xmoe, args)),
             f"experts      {_experts(xmoe, args)}",
+            f"sequence     {_sequence(xmoe, args)}",
             f"kernels      {kernels.name}: {kernels.reason}",
         ]
     lines += [
@@ -103,6 +105,16 @@ def _experts(xmoe: XMoEConfig, args) -> str:
     parts += ["recomputed from their input"] * xmoe.xmoe_recompute_activation
     parts += ["weight gradients added to main_grad"] * (xmoe.xmoe_gradient_accumulation_fusion == "on")
     return "; ".join(parts)
+
+
+def _sequence(xmoe: XMoEConfig, args) -> str:
+    size = args.tensor_model_parallel_size
+    sizes = size, args.sequence_parallel, args.expert_tensor_parallel_size
+    _, text = block_mode(xmoe.xmoe_sequence_shard, *sizes)
+    if size > 1 and args.moe_shared_expert_intermediate_size:
+        whole = xmoe.xmoe_shared_expert == "sequence"
+        text += f"; shared experts {'whole on every rank' if whole else 'sharded over these ranks'}"
+    return text
 
 
 def _attention(args) -> str:
