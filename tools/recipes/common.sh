@@ -3,13 +3,16 @@
 #
 # Flags of every recipe; all other options are those of pretrain_xmoe.py, come last and win:
 #   --dry-run       build one rank of the job without the others; print parameters and memory (see tools/dry_run.py)
-#   --show          print the command line, a word on each line, and start nothing
+#   --show          print the options that pretrain_xmoe.py (or, with --dry-run, dry_run.py) would get, a word on each
+#                   line, and start nothing
 #   --help          this text
 #
 # Environment variables of every recipe (the recipe's own values are the defaults):
 #   GPUS, RANK                   the job that --dry-run is for, and its rank (0); training uses the GPUs that are there
 #   TP, PP, EP                   tensor-, pipeline- and expert-parallel sizes
 #   MBS, GBS, SEQ_LENGTH         micro-batch and global batch in sequences; tokens of a sequence
+#   RECOMPUTE                    full: each layer is computed again in the backward pass; none (default, except where the
+#                                recipe says otherwise)
 #   TRAIN_ITERS, PRECISION       iterations (1000); bf16, fp16 or fp32
 #   BACKEND                      xmoe (default) or megatron, which computes the same model
 #   DATA_PATH                    prefix of a .bin/.idx pair; without it give --mock-data or another data option
@@ -37,6 +40,11 @@ layout_options() {
     )
     # with tensor parallelism each rank then has its share of the tokens in the Mixture-of-Experts block
     if ((TP > 1)); then PARALLEL+=(--sequence-parallel); fi
+    case ${RECOMPUTE:-none} in
+        full) PARALLEL+=(--recompute-granularity full --recompute-method uniform --recompute-num-layers 1) ;;
+        none) ;;
+        *) echo "$0: error: RECOMPUTE is $RECOMPUTE; it must be full or none" >&2; exit 2 ;;
+    esac
 }
 
 # Precision, data and checkpoints: fills DATA for a vocabulary of $1 tokens and the default precision $2.
@@ -61,21 +69,21 @@ data_options() {
 
 # Starts what the words say: the arrays of the recipe, then the user's own options.
 launch() {
-    local words=(--moe-backend "${BACKEND:-xmoe}") action=train word
+    local words=(--moe-backend "${BACKEND:-xmoe}") program=train show="" word
     for word in "$@"; do
         case $word in
-            --dry-run) action=dry_run ;;
-            --show) action=show ;;
-            --help | -h) action=help; break ;;
+            --dry-run) program=dry_run ;;
+            --show) show=1 ;;
+            --help | -h) comment_of "$0"; echo; comment_of "$recipes/common.sh" | tail -n +3; exit ;;
             *) words+=("$word") ;;
         esac
     done
-    case $action in
-        help) comment_of "$0"; echo; comment_of "$recipes/common.sh" | tail -n +3 ;;
-        show) printf '%s\n' "${words[@]}" ;;
-        dry_run) exec "$PYTHON" "$tools/dry_run.py" --gpus "$GPUS" --rank "${RANK:-0}" "${words[@]}" ;;
-        train) train "${words[@]}" ;;
-    esac
+    if [[ $program == dry_run ]]; then words=(--gpus "$GPUS" --rank "${RANK:-0}" "${words[@]}"); fi
+    if [[ $show ]]; then printf '%s\n' "${words[@]}"; else "$program" "${words[@]}"; fi
+}
+
+dry_run() {
+    exec "$PYTHON" "$tools/dry_run.py" "$@"
 }
 
 # The comment at the top of a file.

@@ -14,6 +14,7 @@
 set -euo pipefail
 source "$(dirname -- "${BASH_SOURCE[0]}")/common.sh"
 : "${GPUS:=2048}" "${TP:=1}" "${PP:=16}" "${EP:=64}" "${MBS:=1}" "${GBS:=15360}" "${SEQ_LENGTH:=4096}"
+: "${RECOMPUTE:=full}" # the first stage keeps 16 micro-batches
 
 MODEL=(
     --num-layers 61
