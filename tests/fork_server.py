@@ -28,6 +28,7 @@ PRELOADED = """
     megatron.training.checkpointing megatron_xmoe.backend megatron_xmoe.metrics megatron_xmoe.training.arguments
     megatron_xmoe.training.checks megatron_xmoe.training.defaults megatron_xmoe.training.gpt_step
     megatron_xmoe.training.main megatron_xmoe.training.options megatron_xmoe.training.report
+    megatron_xmoe.training.setup
     megatron.core.tokenizers.text.libraries
     torch.distributed.checkpoint.format_utils
 """.split()

@@ -11,8 +11,8 @@ SHARED = ("common", "xmoe_paper")  # sourced by the others
 NAMES = sorted(path.stem for path in RECIPES.glob("*.sh") if path.stem not in SHARED)
 # the variables of a recipe must come from the test alone
 VARIABLES = """GPUS RANK TP PP EP MBS GBS SEQ_LENGTH RECOMPUTE TRAIN_ITERS PRECISION BACKEND DATA_PATH TOKENIZER_TYPE
-    TOKENIZER_MODEL CHECKPOINTS SAVE_INTERVAL LAUNCHER NNODES GPUS_PER_NODE MASTER_ADDR MASTER_PORT WORLD_SIZE LOCAL_RANK
-    SWIGLU CAPACITY_FACTOR MTP LAST_STAGE_LAYERS""".split()
+    TOKENIZER_MODEL CHECKPOINTS SAVE_INTERVAL LAUNCHER NNODES GPUS_PER_NODE MASTER_ADDR MASTER_PORT WORLD_SIZE
+    LOCAL_RANK SWIGLU CAPACITY_FACTOR MTP LAST_STAGE_LAYERS""".split()
 
 
 def run_recipe(name: str, *options: str, timeout: int = 300, **environment: str) -> subprocess.CompletedProcess:

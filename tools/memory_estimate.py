@@ -1,4 +1,4 @@
-"""Estimates the memory of one rank of a training job, from its parameters and from what the layers keep for backward."""
+"""Estimates the memory of one rank of a training job from its parameters and what its layers keep for backward."""
 
 from dataclasses import dataclass
 

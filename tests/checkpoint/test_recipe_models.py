@@ -1,4 +1,4 @@
-"""The recipes are the models that they are named after: every parameter, and the options that leave no trace in shapes."""
+"""The recipes are the models that they are named after: every parameter, and options that leave no trace in shapes."""
 
 import math
 import sys
