@@ -158,6 +158,7 @@ def _run(rank: int, port: int, request: dict) -> NoReturn:
                       MASTER_PORT=str(port))  # fmt: skip
     os.environ.update(request["environment"])
     sys.argv = [request["script"], *request["argv"]]
+    sys.path.insert(0, os.path.dirname(request["script"]))
     if request["recorder"]:
         import recorder
 

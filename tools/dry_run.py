@@ -60,7 +60,8 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     parser = OneLineErrorParser(
         prog="dry_run.py",
         description=__doc__.split("\n\n")[0],
-        epilog="All other options are those of pretrain_xmoe.py. Example: bash tools/recipes/xmoe_small.sh --dry-run",
+        epilog="All other options are those of pretrain_xmoe.py. Example: python "
+        "tools/dry_run.py --gpus 64 --rank 8 $(cat megatron_args.txt) --expert-model-parallel-size 8",
     )
     parser.add_argument("--gpus", type=int, metavar="N", default=int(os.environ.get("WORLD_SIZE", "1")),
                         help="number of GPUs of the job (default: WORLD_SIZE, or 1)")  # fmt: skip

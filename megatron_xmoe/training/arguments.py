@@ -15,8 +15,10 @@ from megatron_xmoe.training.errors import UsageError
 
 
 def add_xmoe_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Add the options of XMoEConfig to a parser, as a group of their own."""
-    ArgumentGroupFactory(XMoEConfig).build_group(parser, title="X-MoE")
+    """Add the options of XMoEConfig to a parser, as a group of their own, with their defaults in the help."""
+    group = ArgumentGroupFactory(XMoEConfig).build_group(parser, title="X-MoE")
+    for action in group._group_actions:
+        action.help += f" (default: {'none' if action.default is None else action.default})"
     return parser
 
 
