@@ -50,37 +50,42 @@ def state_bytes(args, rank: Rank) -> dict[str, float]:
 
 
 def activation_bytes(args, rank: Rank) -> float:
-    """Bytes that the layers of a rank keep for backward, with balanced routing and fused attention.
+    """Bytes that the layers of a rank keep for backward, with balanced routing, fused norms and fused attention.
 
-    Counted are the inputs of norms, matrix products and attention, and the experts' rows and pre-activations (X-MoE
-    paper, section 5: K rows of H and K rows of F a token); left out are masks, router and temporary buffers.
+    Counted are the inputs of norms and matrix products, queries, keys and values, and the experts' rows and
+    pre-activations (X-MoE paper, section 5: K rows of H and K rows of F a token, twice that with a gate); left out are
+    the router, masks and what lives only while a layer is computed.
     """
     size = 2 if args.fp16 or args.bf16 else 4
-    whole = args.seq_length * args.micro_batch_size // args.context_parallel_size
     tensor = args.tensor_model_parallel_size
+    whole = args.seq_length * args.micro_batch_size // args.context_parallel_size
     tokens = whole // tensor if args.sequence_parallel else whole
-    attention = 2 * tokens * args.hidden_size + whole * _attention_width(args) / tensor
+    norm = 2 * tokens * args.hidden_size  # what goes in and what comes out
+    attention = norm + whole * _attention_width(args) / tensor
     gated = 2 if args.swiglu else 1
-    dense = tokens * args.hidden_size + whole * args.ffn_hidden_size * (gated + 1) / tensor
+    dense = norm + whole * args.ffn_hidden_size * (gated + 1) / tensor
     experts = 0.0
     if args.num_experts:
-        width = args.hidden_size + gated * args.moe_ffn_hidden_size / (args.expert_tensor_parallel_size or tensor)
+        row = args.hidden_size + gated * args.moe_ffn_hidden_size / (args.expert_tensor_parallel_size or tensor)
         shared = (args.moe_shared_expert_intermediate_size or 0) * (gated + 1) / tensor
-        experts = tokens * (args.hidden_size + args.moe_router_topk * width) + whole * shared
+        experts = norm + tokens * args.moe_router_topk * row + whole * shared
     layers = rank.dense_layers * (attention + dense) + rank.expert_layers * (attention + experts)
     if args.recompute_granularity == "full":  # the layers' inputs, and one layer at a time
         inputs = (rank.dense_layers + rank.expert_layers) * tokens * args.hidden_size
         layers = inputs + attention + max(dense * bool(rank.dense_layers), experts * bool(rank.expert_layers))
-    elif "moe" in (args.recompute_modules or ()) and args.recompute_granularity == "selective" and rank.expert_layers:
-        layers -= (rank.expert_layers - 1) * experts
-    logits = whole * args.padded_vocab_size / tensor * (size + 4) if rank.last_stage else 0  # and their fp32 copy
-    return rank.micro_batches * layers * size + logits
+    elif args.recompute_granularity == "selective" and "moe" in args.recompute_modules and rank.expert_layers:
+        layers -= (rank.expert_layers - 1) * (experts - norm)  # all but one layer's, at a time
+    # the last norm, and the logits' softmax in fp32
+    head = size * norm + 4 * whole * args.padded_vocab_size / tensor if rank.last_stage else 0
+    return rank.micro_batches * layers * size + head
 
 
 def _attention_width(args) -> int:
-    """Elements a token of queries, keys, values and the attention's output."""
+    """Elements a token: queries, keys and values as they are projected and again with positions, and the output."""
     heads = args.num_attention_heads
     if args.multi_latent_attention:
-        return heads * (2 * (args.qk_head_dim + args.qk_pos_emb_head_dim) + 2 * args.v_head_dim)
+        latent = (args.q_lora_rank or 0) + args.kv_lora_rank
+        wide = args.qk_head_dim + args.qk_pos_emb_head_dim
+        return latent + heads * (3 * wide + args.qk_head_dim + 2 * args.v_head_dim)
     groups = args.num_query_groups if args.group_query_attention else heads
-    return 2 * args.kv_channels * (heads + groups)
+    return 3 * args.kv_channels * (heads + groups)
