@@ -1,11 +1,13 @@
 """The recipes are the models that they are named after: every parameter, and options that leave no trace in shapes."""
 
 import math
+import re
 import sys
 from dataclasses import dataclass
 
 import pytest
 import torch
+from jobs import REPOSITORY
 from published_models import PUBLISHED
 from recipes import NAMES, dry_run, words_of
 from tiny_models import deepseek_v1
@@ -14,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from megatron_xmoe.checkpoint.families import load_config
 from megatron_xmoe.checkpoint.families.base import spell_out
 
+PAGE = REPOSITORY / "docs" / "recipes.md"
 MODELS = {
     "deepseek_moe_16b": "DeepSeek-MoE-16B",
     "deepseek_v2_lite": "DeepSeek-V2-Lite",
@@ -76,13 +79,19 @@ def hf_parameters(name: str) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
+def is_documented(recipe: str, count: int) -> bool:
+    """Whether docs/recipes.md has this number of parameters, rounded to four digits."""
+    return re.search(rf"^\| `{recipe}.sh` \| [^|]* \| {count / 1e9:#.4g}e9 \|", PAGE.read_text(), re.MULTILINE) is not None
+
+
 def test_every_recipe_is_compared():
     assert sorted([*MODELS, *PAPER]) == NAMES
 
 
 @pytest.mark.parametrize("recipe", MODELS)
 def test_as_many_parameters_as_in_transformers(recipe):
-    assert dry_run(recipe).figure("parameters") == hf_parameters(MODELS[recipe])
+    count = dry_run(recipe).figure("parameters")
+    assert count == hf_parameters(MODELS[recipe]) and is_documented(recipe, count)
 
 
 @pytest.mark.parametrize("recipe", MODELS)
@@ -106,6 +115,9 @@ def test_xmoe_has_the_papers_parameters(recipe):
     assert result.figure("vocabulary padding") == (padded - 50257) * paper.hidden
     assert result.figure("parameters") == sum(whole for part, (_, whole) in result.parts.items()
                                               if part != "together") - (padded - 50257) * paper.hidden  # fmt: skip
+    assert is_documented(recipe, result.figure("parameters"))
+    if recipe == "xmoe_super":  # shown there as an example
+        assert {*result.lines[:5], *result.lines[-3:]} <= set(PAGE.read_text().splitlines())
     # the rank is one of the layout's
     assert result.lines[0].startswith(f"rank 0 of {processes}: tensor {tp}, ")
     for part, shards in (("experts", ep), ("attention", tp), ("embedding", tp)):

@@ -85,6 +85,19 @@ def test_variables_change_the_command(tmp_path):
     assert "--sequence-parallel" not in words_of("qwen3_30b_a3b")
 
 
+def commands_of(page: str) -> list[str]:
+    """The command lines of a page's shell blocks, without comments."""
+    blocks = re.findall(r"^```bash\n(.*?)^```", (REPOSITORY / page).read_text(), re.MULTILINE | re.DOTALL)
+    lines = "".join(blocks).replace("\\\n", " ").splitlines()
+    return [line.split(" #")[0].strip() for line in lines if not line.startswith("#")]
+
+
+@pytest.mark.parametrize("line", [line for line in commands_of("docs/recipes.md") if "bash tools/recipes" in line])
+def test_commands_of_the_page_start_something(line):
+    done = subprocess.run(["bash", "-c", f"{line} --show"], cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 0 and len(done.stdout.splitlines()) > 20, done.stderr
+
+
 @pytest.mark.parametrize("variable", ["PRECISION", "RECOMPUTE"])
 def test_an_unknown_value_is_one_line(variable):
     done = run_recipe("olmoe_1b_7b", "--show", **{variable: "some"})
