@@ -38,3 +38,18 @@ class XMoEConfig:
     xmoe_expert_load_file: str | None = None
     """File for the load of each expert: at every logged iteration rank 0 appends a line of JSON with the number of
     routes that each expert of each layer got since the line before. tools/plot_run.py draws it."""
+
+    xmoe_grouped_gemm: Literal["auto", "triton", "torch", "loop"] = "auto"
+    """Implementation of the experts' matrix products. 'triton' is this project's kernels, for NVIDIA and AMD GPUs;
+    'torch' is torch's grouped_mm, for bf16 on NVIDIA GPUs of compute capability 9 and above; 'loop' is a product per
+    expert and runs everywhere. 'auto' takes the first of them that can run on a GPU, and the loop on a CPU; a name pins
+    one, and the run stops if it cannot be used. `python -m megatron_xmoe.info` lists them."""
+
+    xmoe_recompute_activation: bool = False
+    """Experts save only their input for backward and compute the first matrix product again, so that of an MoE layer
+    with d hidden and n FFN size 2d instead of 2d + 4Kn bytes a token are kept (bf16, gated, top-K)."""
+
+    xmoe_gradient_accumulation_fusion: Literal["auto", "on", "off"] = "auto"
+    """Whether the experts' weight gradients are added to Megatron's main_grad (fp32 with
+    --accumulate-allreduce-grads-in-fp32 or --bf16) by the matrix products themselves. 'auto' does unless
+    --no-gradient-accumulation-fusion is given. Needs no Apex, unlike the same in Megatron's own layers."""

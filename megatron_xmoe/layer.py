@@ -11,6 +11,7 @@ from torch import Tensor
 
 from megatron_xmoe.config import XMoEConfig
 from megatron_xmoe.dispatch import AllToAllDispatcher
+from megatron_xmoe.experts import XMoEGroupedMLP
 from megatron_xmoe.metrics import count_routes
 from megatron_xmoe.routing import BestOfGroup, raw_logits
 
@@ -83,3 +84,13 @@ class XMoELayer(MoELayer):
             kept = self.token_dispatcher.state.kept_per_expert
             self.router.local_tokens_per_expert += kept - routing_map.sum(dim=0)
         return rows, weights
+
+    def routed_experts_compute(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, None]:
+        """Megatron's stage of the experts; grouped experts take their rows where the dispatcher has them.
+
+        Args: hidden_states and probs as dispatched. Returns the experts' outputs for `combine`, and no bias.
+        """
+        if not isinstance(self.experts, XMoEGroupedMLP):
+            return super().routed_experts_compute(hidden_states, probs)
+        output, _ = self.experts(*self.token_dispatcher.expert_rows(hidden_states, probs))
+        return self.token_dispatcher.combine_preprocess(output), None

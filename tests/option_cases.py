@@ -119,6 +119,15 @@ CASES = {
         "--moe-shared-expert-intermediate-size 16 --moe-router-score-function sigmoid --moe-router-enable-expert-bias"
     ),
     "recomputed experts by the old option": Case(f"{AUX} --moe-layer-recompute", slow=True),
+    "recomputed pre-activation": Case(
+        f"{AUX} --xmoe-recompute-activation --recompute-granularity selective --recompute-modules core_attn",
+        stock=AUX,
+    ),
+    "gradients added by the products": Case(
+        f"{AUX} --no-gradient-accumulation-fusion --xmoe-gradient-accumulation-fusion on --overlap-grad-reduce",
+        stock=AUX,
+    ),
+    "gradients added by the hooks": Case(f"{AUX} --xmoe-gradient-accumulation-fusion off", stock=AUX, slow=True),
     "recomputed modules": Case(
         f"{AUX} --recompute-granularity selective --recompute-modules core_attn mlp shared_experts "
         "--moe-shared-expert-intermediate-size 16 --moe-layer-freq [0,1]"

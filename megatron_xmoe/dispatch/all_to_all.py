@@ -14,7 +14,7 @@ from torch import Tensor
 
 from megatron_xmoe.dispatch.capacity import expert_capacity
 from megatron_xmoe.dispatch.state import DispatchState
-from megatron_xmoe.ops import build_routes_from_map, gather_rows, gather_sum, merge_order
+from megatron_xmoe.ops import RowsSource, build_routes_from_map, gather_rows, gather_sum, merge_order
 
 
 class AllToAllDispatcher(MoETokenDispatcher):
@@ -24,9 +24,10 @@ class AllToAllDispatcher(MoETokenDispatcher):
     pass between `dispatch_preprocess` and `combine_postprocess` is one frozen DispatchState in `self.state`.
     A pass has one host synchronisation, for the split sizes of the exchange.
 
-    Where experts are sharded over expert-tensor-parallel ranks, these first gather each other's rows, and their partial
-    results are summed and scattered back. Megatron's shared experts can be computed during the exchanges
-    (`set_shared_experts`).
+    Where all experts are on this rank, nothing is sent: the tokens themselves go through the stages, and the experts
+    take their rows from them. Where experts are sharded over expert-tensor-parallel ranks, these first gather each
+    other's rows, and their partial results are summed and scattered back. Megatron's shared experts can be computed
+    during the exchanges (`set_shared_experts`).
     """
 
     def __init__(
@@ -44,13 +45,17 @@ class AllToAllDispatcher(MoETokenDispatcher):
         self.num_local_experts = num_local_experts
         self.min_capacity = min_capacity
         self.state: DispatchState | None = None
+        self.all_experts_here = self.ep_size == 1 and self.tp_size == 1
 
     def dispatch_preprocess(
         self, hidden_states: Tensor, routing_map: Tensor, probs: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Put the rows to send in expert order and agree on their numbers.
 
-        Args: hidden_states [S, B, H]; routing_map [T, E] bool; probs [T, E]. Returns rows [N, H] and weights [N].
+        Args: hidden_states [S, B, H]; routing_map [T, E] bool; probs [T, E].
+
+        Returns:
+            rows [N, H], or the tokens [T, H] where nothing is sent; and weights [N].
         """
         config = self.config
         capacity = expert_capacity(
@@ -78,8 +83,10 @@ class AllToAllDispatcher(MoETokenDispatcher):
             arrival_order=arrival_order,
             probs_dtype=probs.dtype,
         )
-        tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
-        return gather_rows(tokens, self.state.token_ids, routes.inverse), routes.combine_weights[:num_rows]
+        rows = hidden_states.reshape(-1, hidden_states.shape[-1])
+        if not self.all_experts_here:
+            rows = gather_rows(rows, self.state.token_ids, routes.inverse)
+        return rows, routes.combine_weights[:num_rows]
 
     def token_dispatch(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
         """Exchange rows [N, H] and weights [N]; returns what arrived, [M, H] and [M], by source rank."""
@@ -93,13 +100,23 @@ class AllToAllDispatcher(MoETokenDispatcher):
 
     def dispatch_postprocess(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Returns rows [M, H] in expert order, rows of each local expert [E / G] (on the CPU) and weights [M]."""
+        source, tokens_per_expert, probs = self.expert_rows(hidden_states, probs)
+        return source.gathered(), tokens_per_expert, probs
+
+    def expert_rows(self, hidden_states: Tensor, probs: Tensor) -> tuple[RowsSource, Tensor, Tensor]:
+        """`dispatch_postprocess` for experts that gather their rows themselves, and need not keep them for backward."""
         if self.tp_size > 1:
             hidden_states, probs = (self._gather(hidden_states), self._gather(probs))
-        order, inverse = self.state.expert_order, self.state.arrival_order
-        if order is not None:
-            hidden_states = gather_rows(hidden_states, order, inverse.unsqueeze(1))
+        state = self.state
+        order, inverse = state.expert_order, state.arrival_order
+        if self.all_experts_here:
+            source = RowsSource(hidden_states, state.token_ids, state.inverse)
+        elif order is not None:
+            source = RowsSource(hidden_states, order, inverse.unsqueeze(1))
             probs = gather_rows(probs.unsqueeze(1), order, inverse.unsqueeze(1)).squeeze(1)
-        return hidden_states, self.state.tokens_per_expert, probs
+        else:
+            source = RowsSource(hidden_states)
+        return source, state.tokens_per_expert, probs
 
     def combine_preprocess(self, hidden_states: Tensor) -> Tensor:
         """Put expert outputs [M, H] back into the order of arrival, summed over expert-tensor-parallel ranks."""

@@ -83,12 +83,15 @@ SERVED: dict[str, tuple[str, ...]] = _shown(
         "recomputed experts": "recompute_granularity",
         "recomputed attention": "recompute_activations",
         "recomputed experts by the old option": "moe_layer_recompute",
+        "recomputed pre-activation": "xmoe_recompute_activation",
+        "gradients added by the products": "xmoe_gradient_accumulation_fusion",
+        "gradients added by the hooks": "xmoe_gradient_accumulation_fusion",
         "several tokens at once": "mtp_num_layers mtp_loss_scaling_factor",
         "several tokens over pipeline stages": "mtp_num_layers",
         "several tokens on a stage of their own": "mtp_num_layers",
         "several tokens by one layer": "mtp_use_repeated_layer mtp_detach_heads",
         "fp16": "fp16 initial_loss_scale hysteresis min_loss_scale",
-        "bf16": "bf16",
+        "bf16": "bf16 xmoe_gradient_accumulation_fusion",
     }
 )
 

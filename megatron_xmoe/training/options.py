@@ -6,7 +6,12 @@ from megatron_xmoe.training.errors import UsageError
 from megatron_xmoe.training.option_table import LIMITED, REFUSED, SPELLINGS, UNAVAILABLE, Refusal, spelling
 
 SCRIPT = "pretrain_xmoe.py"
-OF_OUR_LAYER = frozenset({"xmoe_min_capacity", "xmoe_combine_weights", "xmoe_group_score"})
+OF_OUR_LAYER = frozenset(
+    """
+    xmoe_min_capacity xmoe_combine_weights xmoe_group_score
+    xmoe_grouped_gemm xmoe_recompute_activation xmoe_gradient_accumulation_fusion
+    """.split()
+)
 
 
 def check_options(args: argparse.Namespace, defaults: dict[str, object], script: str | None = SCRIPT) -> None:

@@ -11,8 +11,8 @@ from megatron.training import get_args, print_rank_0
 
 from megatron_xmoe import _optional
 from megatron_xmoe.config import XMoEConfig
+from megatron_xmoe.kernels.grouped_gemm import choose_grouped_gemm
 from megatron_xmoe.kernels.registry import kernels_in_use, triton_is_usable
-from megatron_xmoe.ops.grouped_gemm import why_not_grouped_mm
 from megatron_xmoe.specs import uses_torch_attention
 from megatron_xmoe.version import __version__
 
@@ -41,7 +41,7 @@ def print_report(xmoe: XMoEConfig, adjustments: list[str], stand_ins: int, repai
         kernels = kernels_in_use()
         lines += [
             "dispatcher   alltoall: one uneven all-to-all of routed rows, no padding",
-            f"experts      {_experts(args)}",
+            f"experts      {_experts(xmoe, args)}",
             f"kernels      {kernels.name}: {kernels.reason}",
         ]
     lines += [
@@ -66,11 +66,16 @@ def _backend(xmoe: XMoEConfig, args) -> str:
     return "megatron (dense model)"
 
 
-def _experts(args) -> str:
-    reason = why_not_grouped_mm(args.params_dtype, (args.hidden_size, args.moe_ffn_hidden_size))
-    products = f"a loop over the local experts (grouped_mm: {reason})" if reason else "torch's grouped_mm"
-    fused = torch.cuda.is_available() and triton_is_usable("cuda")
-    return f"grouped; matrix products by {products}, activation by {'Triton' if fused else 'plain torch'}"
+def _experts(xmoe: XMoEConfig, args) -> str:
+    device_type = "cuda" if torch.cuda.is_available() else "cpu"
+    features = args.hidden_size, args.moe_ffn_hidden_size // args.expert_tensor_parallel_size
+    products = choose_grouped_gemm(xmoe.xmoe_grouped_gemm, device_type, args.params_dtype, features)
+    activation = "Triton" if device_type == "cuda" and triton_is_usable("cuda") else "plain torch"
+    parts = [f"grouped; matrix products {products.name}: {products.reason}", f"activation by {activation}"]
+    parts += ["with biases"] * args.add_bias_linear
+    parts += ["recomputed from their input"] * xmoe.xmoe_recompute_activation
+    parts += ["weight gradients added to main_grad"] * (xmoe.xmoe_gradient_accumulation_fusion == "on")
+    return "; ".join(parts)
 
 
 def _attention(args) -> str:

@@ -43,13 +43,15 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(LAYERS, ("torch", "megatron.core", *ours(*OURS_BELOW_LAYERS, *LAYERS))),
     **dict.fromkeys(
         ("specs", "backend"),
-        ("torch", "megatron.core", *ours("specs", "metrics", "kernels.registry", *LAYERS, *LEAVES)),
+        (
+            *("torch", "megatron.core"),
+            *ours("specs", "metrics", "kernels.registry", "kernels.grouped_gemm", *LAYERS, *LEAVES),
+        ),
     ),
     # names Megatron's symbols as strings; only the version is looked up, for an error message
     "platform": ("torch", "megatron.core.package_info"),
     "training": (
         *("torch", "numpy", "megatron.core", "megatron.training"),
-        *ours("ops.grouped_gemm.why_not_grouped_mm"),  # for the start-up report, which says why
         *ours("backend", "specs", "metrics", "platform", "kernels", "profiling", "checkpoint", *LEAVES),
     ),
     "checkpoint": (
