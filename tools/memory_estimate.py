@@ -53,8 +53,8 @@ def activation_bytes(args, rank: Rank) -> float:
     """Bytes that the layers of a rank keep for backward, with balanced routing, fused norms and fused attention.
 
     Counted are the inputs of norms and matrix products, queries, keys and values, and the experts' rows and
-    pre-activations (X-MoE paper, section 5: K rows of H and K rows of F a token, twice that with a gate); left out are
-    the router, masks and what lives only while a layer is computed.
+    pre-activations (X-MoE paper, section 5; Megatron's own Mixture-of-Experts layers keep more); left out are the
+    router, masks and what lives only while a layer is computed.
     """
     size = 2 if args.fp16 or args.bf16 else 4
     tensor = args.tensor_model_parallel_size
@@ -66,9 +66,8 @@ def activation_bytes(args, rank: Rank) -> float:
     dense = norm + whole * args.ffn_hidden_size * (gated + 1) / tensor
     experts = 0.0
     if args.num_experts:
-        row = args.hidden_size + gated * args.moe_ffn_hidden_size / (args.expert_tensor_parallel_size or tensor)
         shared = (args.moe_shared_expert_intermediate_size or 0) * (gated + 1) / tensor
-        experts = norm + tokens * args.moe_router_topk * row + whole * shared
+        experts = norm + tokens * args.moe_router_topk * _route_width(args, gated) + whole * shared
     layers = rank.dense_layers * (attention + dense) + rank.expert_layers * (attention + experts)
     if args.recompute_granularity == "full":  # the layers' inputs, and one layer at a time
         inputs = (rank.dense_layers + rank.expert_layers) * tokens * args.hidden_size
@@ -78,6 +77,14 @@ def activation_bytes(args, rank: Rank) -> float:
     # the last norm, and the logits' softmax in fp32
     head = size * norm + 4 * whole * args.padded_vocab_size / tensor if rank.last_stage else 0
     return rank.micro_batches * layers * size + head
+
+
+def _route_width(args, gated: int) -> float:
+    """Elements that X-MoE's experts keep for each route."""
+    ffn = args.moe_ffn_hidden_size / (args.expert_tensor_parallel_size or args.tensor_model_parallel_size)
+    # rows are kept as they arrived; where none is sent they are the tokens, which are the output of the norm
+    rows = args.hidden_size if args.expert_model_parallel_size * (args.expert_tensor_parallel_size or 1) > 1 else 0
+    return rows + (0 if args.xmoe_recompute_activation else gated * ffn)
 
 
 def _attention_width(args) -> int:

@@ -25,6 +25,7 @@ MODEL = f"""--num-layers {LAYERS} --hidden-size {HIDDEN} --num-attention-heads 4
     [
         ("", 0),
         ("--swiglu", 0),
+        ("--swiglu --xmoe-recompute-activation", 0),
         ("--swiglu --moe-router-topk 6 --group-query-attention --num-query-groups 2", 0),
         # a gate that is computed by itself: 4 shared experts of 64, two dense layers of 96
         ("--swiglu --moe-layer-freq [0,1,1,0,1,1] --moe-shared-expert-intermediate-size 64", 4 * 64 + 2 * 96),

@@ -15,7 +15,7 @@ PROGRAMS = sorted(
     path for folder in ("tools", "patches") for path in (ROOT / folder).glob("*.py") if "__main__" in path.read_text()
 )
 SHELL = sorted(path for path in (ROOT / "tools").glob("*.sh") if path.read_text().startswith("#!"))
-ABOUT_DEVICES = ("benchmark_ops.py", "compile_triton.py")  # the defaults are what torch finds
+ABOUT_DEVICES = ("benchmark_experts.py", "benchmark_ops.py", "compile_triton.py")  # the defaults are what torch finds
 YES_OR_NO = ("True", "False")
 
 
