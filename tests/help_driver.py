@@ -1,4 +1,4 @@
-"""Runs a program's --help and prints what its parser knows, as a line of JSON: the text, every option, what it loaded."""
+"""Runs a program's --help and prints what its parser knows as a line of JSON: text, options, what was loaded."""
 
 import argparse
 import json

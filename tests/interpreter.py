@@ -1,7 +1,7 @@
 """Triton kernels on the CPU, in Triton's interpreter.
 
 The interpreter has to be chosen before Triton is first imported, so the kernels run in a process of their own. It
-rounds to 16 bits by cutting off, and cannot multiply matrices of bf16.
+rounds to 16 bits by cutting off.
 """
 
 import importlib
@@ -36,15 +36,19 @@ def interpreted() -> Iterator[Callable[..., Any]]:
 def run_interpreted(task: bytes) -> bytes:
     """In the process of its own: the pickled result of a pickled call, with constants of the module replaced."""
     module_name, function, args, constants = pickle.loads(task)
-    _mend_interpreter()
+    mend_interpreter()
     module = importlib.import_module(f"megatron_xmoe.kernels.{module_name}")
     replaced = mock.patch.multiple(module, **constants) if constants else mock.MagicMock()
     with harness.poisoned_memory(), replaced:
         return pickle.dumps(getattr(module, function)(*args))
 
 
-def _mend_interpreter() -> None:
-    """Lets loops run to a number that a kernel has loaded: since NumPy 2.5 an array of one element is no int."""
+def mend_interpreter() -> None:
+    """Repairs of Triton 3.6's interpreter, in a process that uses it.
+
+    Loops may run to a number that a kernel has loaded (since NumPy 2.5 an array of one element is no int), and products
+    of bf16 matrices are right (it multiplies their bits as integers).
+    """
     from triton.runtime import interpreter
 
     class Integer(type(int)):
@@ -55,4 +59,15 @@ def _mend_interpreter() -> None:
         def __new__(cls, value):
             return int(value.item() if isinstance(value, np.ndarray) else value)
 
-    interpreter.int = integer
+    def in_fp32(handle: interpreter.TensorHandle) -> interpreter.TensorHandle:
+        if handle.data.dtype != np.uint16:
+            return handle
+        return interpreter.TensorHandle((handle.data.astype(np.uint32) << 16).view(np.float32), interpreter.tl.float32)
+
+    def create_dot(self, a, b, *args):
+        return original(self, in_fp32(a), in_fp32(b), *args)
+
+    original = interpreter.InterpreterBuilder.create_dot
+    if original.__module__ != __name__:
+        interpreter.InterpreterBuilder.create_dot = create_dot
+        interpreter.int = integer

@@ -30,7 +30,7 @@ from benchmark_ops import DTYPES, milliseconds  # noqa: E402
 from expert_systems import TOLERANCE, Inputs, Shape, System, own_systems, reason_of, rivals  # noqa: E402
 
 from megatron_xmoe._optional import probe  # noqa: E402
-from megatron_xmoe.kernels.grouped_gemm import BACKENDS  # noqa: E402
+from megatron_xmoe.kernels.grouped_gemm import BACKENDS, MIXED  # noqa: E402
 
 PROG = "tools/benchmark_experts.py"
 # T, d, n, E, K
@@ -178,7 +178,7 @@ def parse(argv: list[str] | None) -> Namespace:
     what.add_argument("--shapes", type=shapes, default=default,
                       help=f"T,d,n,E,K, several with ';' (default: {default})")  # fmt: skip
     what.add_argument("--dtype", choices=DTYPES, default="bf16", help="of rows and weights (default: bf16)")
-    names = ("all", *BACKENDS)
+    names = ("all", *BACKENDS, MIXED)
     what.add_argument("--grouped-gemm", choices=names, default="all", help="our backend of the products (default: all)")
     what.add_argument("--stages", action="store_true", help="also time each stage of ours beside its own floor")
     where = parser.add_argument_group("where, and to what file")

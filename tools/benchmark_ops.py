@@ -109,10 +109,12 @@ def parse(argv: list[str] | None) -> Namespace:
     parser = OneLineErrorParser(prog=PROG, description=__doc__, epilog=example,
                                 formatter_class=RawDescriptionHelpFormatter)  # fmt: skip
     default = "; ".join(",".join(map(str, shape)) for shape in SHAPES)
-    parser.add_argument("--shapes", type=shapes, default=default, help=f"T,K,E,H, several with ';' (default: {default})")
+    parser.add_argument("--shapes", type=shapes, default=default,
+                        help=f"T,K,E,H, several with ';' (default: {default})")  # fmt: skip
     parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="of the rows (default: bf16)")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", choices=("cuda", "cpu"), default=device, help=f"where to measure (default: a GPU if there is one, here {device})")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default=device,
+                        help=f"where to measure (default: a GPU if there is one, here {device})")  # fmt: skip
     parser.add_argument("--threads", type=positive_number(int), help="of torch on a CPU (default: torch's)")
     parser.add_argument("--json", help="also write all figures to this file (default: to none)")
     variants = "instead time Triton's kernels with other launch parameters, best first (about a minute a shape)"

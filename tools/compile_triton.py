@@ -29,7 +29,6 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works without an installation, too
 
 from megatron_xmoe.kernels import triton_activation as activation  # noqa: E402
-from megatron_xmoe.kernels import triton_grouped_activation as fused  # noqa: E402
 from megatron_xmoe.kernels import triton_grouped_gemm as gemm  # noqa: E402
 from megatron_xmoe.kernels import triton_routes as routes  # noqa: E402
 from megatron_xmoe.kernels import triton_rows as rows  # noqa: E402
@@ -157,9 +156,6 @@ def gemm_calls() -> None:
         gemm.multiply(hidden, weight, ends, empty(4096, dtype=torch.int32), transposed=True)
         gemm.weight_gradient(hidden, rows_, ends)
         gemm.weight_gradient(hidden, rows_, ends, empty(8, ffn, features, dtype=torch.float32), accumulate=True)
-        probs = empty(4096, dtype=torch.float32)
-        fused.multiply_activate(rows_, weight, probs, ends, "gelu", False)
-        fused.multiply_activate(rows_, empty(8, 2 * ffn, features, dtype=dtype), probs, ends, "silu", True)
 
 
 def launches(target: str) -> list[Launch]:
@@ -172,7 +168,6 @@ def launches(target: str) -> list[Launch]:
         mock.patch.object(torch.version, "hip", "some version" if is_hip else None),
         mock.patch.object(rows, "warp_size", lambda device: warp),
         mock.patch.object(gemm, "has_tma", lambda device: not is_hip),
-        mock.patch.object(fused, "has_tma", lambda device: not is_hip),
     ):
         row_calls()
         route_calls()

@@ -158,7 +158,8 @@ def parser() -> argparse.ArgumentParser:
     _conversion_options(convert, to_megatron=False)
     text = "config.json or its folder (default: hf/ of a conversion)"
     convert.add_argument("--hf-config", type=Path, metavar="DIR|FILE", help=text)
-    convert.add_argument("--shard-size", type=positive_number(float), default=5, metavar="GB", help="size of the shards (default: 5)")
+    convert.add_argument("--shard-size", type=positive_number(float), default=5, metavar="GB",
+                         help="size of the shards (default: 5)")  # fmt: skip
     convert = command("xmoe-to-megatron", xmoe_to_megatron, xmoe="folder with mp_rank and expert files", megatron=new)
     _conversion_options(convert, to_megatron=True)
     trust = "load pickles that need more than tensors: they may run code of whoever made the file"
@@ -183,7 +184,8 @@ def parser() -> argparse.ArgumentParser:
     run = command("logits", logits, megatron="torch_dist checkpoint")
     run.add_argument("--tokens", required=True, type=Path, metavar="FILE.pt", help="integer tensor [batch, sequence]")
     run.add_argument("--out", required=True, type=Path, metavar="FILE.pt", help="float32 tensor [batch, sequence, V]")
-    run.add_argument("arguments", nargs="*", metavar="ARGUMENT", help="of Megatron, after -- (default: none beside the checkpoint's)")
+    run.add_argument("arguments", nargs="*", metavar="ARGUMENT",
+                     help="of Megatron, after -- (default: none beside the checkpoint's)")  # fmt: skip
     return main
 
 

@@ -41,8 +41,10 @@ def stages(name: str, data: Inputs) -> list[Stage]:
     routes = build_routes(data.ids, data.probs.detach(), experts)
     groups = Groups.of(routes.tokens_per_expert.cpu(), device)
     index, inverse, probs = routes.token_ids, routes.inverse, routes.combine_weights
-    rows, at = (x, index) if gemm.follows_index else (take_rows(x, index, inverse), None)
-    wide, activated = gemm.multiply_activate(rows, fc1, probs, groups, activation, at)
+    rows = take_rows(x, index, inverse)
+    source, at = (x, index) if gemm.gathers else (rows, None)
+    wide = gemm.multiply(source, fc1, groups, at)
+    activated = activation.forward(wide, probs)
     grad_rows, narrow = torch.randn_like(x[:1]).expand(len(index), hidden).contiguous(), activated.clone()
     one1, one2 = fc1[0], fc2[0]
 
@@ -53,22 +55,24 @@ def stages(name: str, data: Inputs) -> list[Stage]:
 
     moved, sent = copy_of(tokens * (1 + per_token) * hidden), grad_rows.t()
     spread = kernel("spread_rows", device.type)
-    gather = [Stage("gather", lambda: take_rows(x, index, inverse), moved, "copy")] * (not gemm.follows_index)
+    gather = Stage("gather", lambda: take_rows(x, index, inverse), moved, "copy")
     return [
         Stage("metadata", lambda: build_routes(data.ids, probs.view(tokens, per_token), experts),
               copy_of(tokens * per_token * 12), "copy"),
-        *gather,
-        Stage("fc1 + activation", lambda: gemm.multiply_activate(rows, fc1, probs, groups, activation, at),
+        *[gather] * (not gemm.gathers),
+        Stage("fc1, with the gather" if gemm.gathers else "fc1", lambda: gemm.multiply(source, fc1, groups, at),
               lambda: grad_rows @ one1.t(), "dense"),
+        Stage("activation", lambda: activation.forward(wide, probs), copy_of(len(index) * 3 * ffn), "copy"),
         Stage("fc2", lambda: gemm.multiply(activated, fc2, groups), lambda: narrow @ one2.t(), "dense"),
         Stage("combine", lambda: give_back_rows(grad_rows, index, inverse, tokens), moved, "copy"),
         Stage("combine backward", lambda: spread(data.grad, inverse, index, None, None), moved, "copy"),
-        Stage("dgrad fc2 + activation",
-              lambda: gemm.multiply_activate_backward(grad_rows, fc2, wide, probs, groups, activation),
-              lambda: grad_rows @ one2, "dense"),
+        Stage("dgrad fc2", lambda: gemm.multiply(grad_rows, fc2, groups, transposed=True), lambda: grad_rows @ one2,
+              "dense"),
+        Stage("activation backward", lambda: activation.backward(wide, probs, narrow), copy_of(len(index) * 6 * ffn),
+              "copy"),
         Stage("wgrad fc2", lambda: gemm.weight_gradient(grad_rows, activated, groups), lambda: sent @ narrow, "dense"),
-        *[Stage(f"{stage.name} again", stage.call, stage.floor, stage.bound) for stage in gather],
-        Stage("wgrad fc1", lambda: gemm.weight_gradient(wide, rows, groups, at), lambda: wide.t() @ grad_rows, "dense"),
+        Stage("gather again", gather.call, gather.floor, "copy"),
+        Stage("wgrad fc1", lambda: gemm.weight_gradient(wide, rows, groups), lambda: wide.t() @ grad_rows, "dense"),
         Stage("dgrad fc1", lambda: gemm.multiply(wide, fc1, groups, transposed=True), lambda: wide @ one1, "dense"),
         Stage("gather backward", lambda: give_back_rows(grad_rows, index, inverse, tokens), moved, "copy"),
     ]  # fmt: skip

@@ -56,8 +56,10 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--ckpt-step", type=int, metavar="N", help="iteration (default: the latest)")
     parser.add_argument("--prompt", action="append", required=True, help="text to complete; can be given several times")
     parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="longest completion (default: 64)")
-    parser.add_argument("--temperature", type=float, default=1.0, metavar="T", help="of sampling; 0 is greedy (default: 1)")
-    parser.add_argument("--top-k", type=int, default=0, metavar="K", help="sample among the K best; 0: all (default: 0)")
+    parser.add_argument("--temperature", type=float, default=1.0, metavar="T",
+                        help="of sampling; 0 is greedy (default: 1)")  # fmt: skip
+    parser.add_argument("--top-k", type=int, default=0, metavar="K",
+                        help="sample among the K best; 0: all (default: 0)")  # fmt: skip
     parser.add_argument("--top-p", type=float, default=1.0, metavar="P",
                         help="sample among the fewest best with probability P together (default: 1)")  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, help="of the random numbers (default: 0)")

@@ -1,6 +1,7 @@
 """Which implementation of the experts' matrix products is used: chosen by a written table, with a reason.
 
-`--xmoe-grouped-gemm` names a backend; with "auto" the first of the device's row in AUTO that can run is taken.
+`--xmoe-grouped-gemm` names a backend; with "auto" the first of the device's row in AUTO that can run is taken, and a
+product per expert for fp32 and fp64.
 """
 
 import os
@@ -14,9 +15,11 @@ from megatron_xmoe import _optional
 from megatron_xmoe.kernels.registry import Candidate, KernelChoice, spoken, triton_is_usable
 
 BACKENDS = ("triton", "torch", "loop")
-# kind of device -> what "auto" tries, in this order
+MIXED = "triton+torch"
+# kind of device -> what "auto" tries in 16 bits, in this order; measured on one H200 (docs/benchmarks.md): Triton's
+# products are faster than torch's, torch's weight gradients faster than Triton's
 AUTO = {
-    "cuda": ("triton", "torch", "loop"),
+    "cuda": (MIXED, "triton", "loop"),
     "hip": ("triton", "loop"),
     "cpu": ("loop",),  # Triton's interpreter is for tests
 }
@@ -34,8 +37,10 @@ def grouped_gemm_candidates(device_type: str, dtype: torch.dtype, features: Iter
         "torch": _why_not_torch(device_type, dtype, tuple(features)),
         "loop": "",
     }
+    found[MIXED] = found["torch"] or found["triton"]
     usable = {
-        "triton": "Triton's kernels, with the gather and the activation in them",
+        "triton": "our Triton kernels, which gather the rows of the first product themselves",
+        MIXED: "our Triton kernels for products of rows, torch's grouped_mm (CUTLASS) for weight gradients",
         "torch": "torch's grouped_mm (CUTLASS)",
         "loop": "a product per expert, which runs everywhere",
     }
@@ -57,13 +62,15 @@ def choose_grouped_gemm(
     found = {c.name: c for c in grouped_gemm_candidates(device_type, dtype, features)}
     if pinned != "auto":
         if not found[pinned].usable:
-            others = ", ".join(c.name for c in found.values() if c.usable)
+            others = ", ".join(name for name in BACKENDS if found[name].usable)
             raise ValueError(
                 f"--xmoe-grouped-gemm {pinned} cannot run on {spoken(device_type)}: {found[pinned].reason}. "
                 f"Fix: leave it out, or use one of: {others}"
             )
         return KernelChoice(pinned, f"pinned; {found[pinned].reason}")
     order = AUTO["hip" if device_type == "cuda" and torch.version.hip else device_type]
+    if dtype.itemsize > 2:  # Triton would use no tensor cores, to be as exact as this
+        order = order[-1:]
     taken = next(name for name in order if found[name].usable)
     passed = "; ".join(f"{name}: {found[name].reason}" for name in order[: order.index(taken)])
     return KernelChoice(taken, f"{found[taken].reason}{f' (not {passed})' if passed else ''}")

@@ -141,11 +141,11 @@ def weight_gradient_kernel(
             tl.store(target, total.to(out.dtype.element_ty), mask=inside)
 
 
-def tile_of(tma: bool, itemsize: int, gated: bool = False) -> dict[str, int]:
-    """Launch parameters: rows, columns (of each half, if `gated`), depth of a tile; found by trying on one H200."""
+def tile_of(tma: bool, itemsize: int) -> dict[str, int]:
+    """Launch parameters: rows, columns and depth of a tile; with TMA found by trying on one H200, else a guess."""
     if tma:
-        return {"BM": 128, "BN": 128 if gated else 256, "BK": 64, "num_warps": 8, "num_stages": 4 if gated else 3}
-    tile = {"BM": 128, "BN": 64 if gated else 128, "BK": 64 // itemsize, "num_warps": 8, "num_stages": 3}
+        return {"BM": 128, "BN": 256, "BK": 64, "num_warps": 8, "num_stages": 3}
+    tile = {"BM": 128, "BN": 128, "BK": 64 // itemsize, "num_warps": 8, "num_stages": 3}
     if torch.version.hip is not None:  # 64 KiB of shared memory
         tile.update(num_warps=4, num_stages=2)
     return tile

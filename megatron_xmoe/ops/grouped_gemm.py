@@ -12,7 +12,6 @@ from torch import Tensor
 
 from megatron_xmoe.kernels.grouped_gemm import choose_grouped_gemm
 from megatron_xmoe.kernels.registry import kernel
-from megatron_xmoe.ops.activation import Activation
 
 
 @dataclass(frozen=True)
@@ -38,13 +37,13 @@ class Groups:
 
 
 class GroupedGemm:
-    """A backend: two products, and the same with the activation in them, here composed of the products.
+    """A backend of the products.
 
     Nothing here is differentiable; ops.grouped_mlp is made of these.
     """
 
-    follows_index = False
-    """Whether its kernels gather rows themselves; otherwise rows that are used twice are better gathered before."""
+    gathers = False
+    """Whether `multiply` gathers the rows itself, without a copy of them."""
 
     def multiply_add(
         self, rows: Tensor, weight: Tensor, bias: Tensor, groups: Groups, index: Tensor | None = None
@@ -69,42 +68,15 @@ class GroupedGemm:
         raise NotImplementedError
 
     def weight_gradient(
-        self, grad: Tensor, rows: Tensor, groups: Groups, index: Tensor | None = None, into: Tensor | None = None
+        self, grad: Tensor, rows: Tensor, groups: Groups, into: Tensor | None = None
     ) -> Tensor:
         """Gradient [E, N, D] of `weight` in `multiply`; zeros where there are no rows.
 
         Args:
-            grad: [M, N]. rows: [M, D], or [R, D] with `index`.
+            grad: [M, N]. rows: [M, D].
             into: [E, N, D], of any floating dtype: the gradient is added to it, and it is the result.
         """
         raise NotImplementedError
-
-    def multiply_activate(
-        self,
-        rows: Tensor,
-        weight: Tensor,
-        probs: Tensor,
-        groups: Groups,
-        activation: Activation,
-        index: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """`multiply`, and the activation of its result times routing weights [M]: pre-activation, and [M, F]."""
-        hidden = self.multiply(rows, weight, groups, index)
-        return hidden, activation.forward(hidden, probs)
-
-    def multiply_activate_backward(
-        self, grad: Tensor, weight: Tensor, hidden: Tensor, probs: Tensor, groups: Groups, activation: Activation
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Backward of the second product and of the activation before it.
-
-        Args:
-            grad: [M, D] of the second product's result. weight: [E, D, F], the second product's.
-            hidden: pre-activation. probs: routing weights [M].
-
-        Returns:
-            gradient of hidden; the activation times the routing weights [M, F] again; gradient of probs, their dtype.
-        """
-        return activation.backward(hidden, probs, self.multiply(grad, weight, groups, transposed=True))
 
 
 class Loop(GroupedGemm):
@@ -126,8 +98,7 @@ class Loop(GroupedGemm):
             torch.addmm(one, part, matrix.t(), out=out)
         return result
 
-    def weight_gradient(self, grad, rows, groups, index=None, into=None):
-        rows = _gathered(rows, index)
+    def weight_gradient(self, grad, rows, groups, into=None):
         result = grad.new_empty(len(groups.sizes), grad.shape[1], rows.shape[1]) if into is None else into
         for part, inputs, out in zip(grad.split(groups.sizes), rows.split(groups.sizes), result, strict=True):
             if into is None:
@@ -148,8 +119,8 @@ class TorchGroupedMM(GroupedGemm):
         matrices = weight if transposed else weight.transpose(1, 2)
         return F.grouped_mm(_gathered(rows, index), matrices, offs=groups.ends)
 
-    def weight_gradient(self, grad, rows, groups, index=None, into=None):
-        result = F.grouped_mm(grad.t(), _gathered(rows, index), offs=groups.ends)
+    def weight_gradient(self, grad, rows, groups, into=None):
+        result = F.grouped_mm(grad.t(), rows, offs=groups.ends)
         for expert, size in enumerate(groups.sizes):
             if size == 0:  # the kernel may leave the result of an empty group unwritten
                 result[expert].zero_()
@@ -157,9 +128,9 @@ class TorchGroupedMM(GroupedGemm):
 
 
 class TritonGemm(GroupedGemm):
-    """Our Triton kernels, with the gather and the activation in them."""
+    """Our Triton kernels."""
 
-    follows_index = True
+    gathers = True
 
     def __init__(self):
         from megatron_xmoe.kernels import triton_grouped_gemm
@@ -167,29 +138,22 @@ class TritonGemm(GroupedGemm):
         self.kernels = triton_grouped_gemm
 
     def multiply(self, rows, weight, groups, index=None, transposed=False):
-        return self.kernels.multiply(rows, weight, groups.ends, index=index, transposed=transposed)
+        return self.kernels.multiply(rows, weight, groups.ends, index, transposed)
 
-    def weight_gradient(self, grad, rows, groups, index=None, into=None):
-        accumulate = into is not None
-        return self.kernels.weight_gradient(grad, rows, groups.ends, index=index, out=into, accumulate=accumulate)
-
-    def multiply_activate(self, rows, weight, probs, groups, activation, index=None):
-        if activation.kind is None:
-            return super().multiply_activate(rows, weight, probs, groups, activation, index)
-        return self.kernels.multiply_activate(
-            rows, weight, probs, groups.ends, activation.kind, activation.gated, index=index
-        )
-
-    def multiply_activate_backward(self, grad, weight, hidden, probs, groups, activation):
-        if activation.kind is None:
-            return super().multiply_activate_backward(grad, weight, hidden, probs, groups, activation)
-        grad_hidden, activated, grad_probs = self.kernels.multiply_activate_backward(
-            grad, weight, hidden, probs, groups.ends, activation.kind, activation.gated
-        )
-        return grad_hidden, activated, grad_probs.to(probs.dtype)
+    def weight_gradient(self, grad, rows, groups, into=None):
+        return self.kernels.weight_gradient(grad, rows, groups.ends, into, accumulate=into is not None)
 
 
-_CLASSES = {"loop": Loop, "torch": TorchGroupedMM, "triton": TritonGemm}
+class Mixed(TritonGemm):
+    """Our products of rows, and torch's weight gradients where these need not be added to an fp32 tensor."""
+
+    def weight_gradient(self, grad, rows, groups, into=None):
+        if into is not None:
+            return super().weight_gradient(grad, rows, groups, into)
+        return TorchGroupedMM().weight_gradient(grad, rows, groups)
+
+
+_CLASSES = {"loop": Loop, "torch": TorchGroupedMM, "triton": TritonGemm, "triton+torch": Mixed}
 
 
 def backend(name: str) -> GroupedGemm:

@@ -78,13 +78,11 @@ class _GroupedMLP(torch.autograd.Function):
     @staticmethod
     def forward(ctx, tensor, probs, weight1, weight2, bias1, bias2, index, inverse, plan):
         groups, gemm = plan.groups, plan.gemm
-        rows, at = _rows(tensor, index, inverse, gemm)
-        if bias1 is None:
-            hidden, activated = gemm.multiply_activate(rows, weight1, probs, groups, plan.activation, at)
+        if index is not None and gemm.gathers:
+            hidden = _first_product(plan, tensor.contiguous(), weight1, bias1, index.contiguous())
         else:
-            hidden = gemm.multiply_add(rows, weight1, bias1, groups, at)
-            activated = plan.activation.forward(hidden, probs)
-        del rows
+            hidden = _first_product(plan, take_rows(tensor, index, inverse).contiguous(), weight1, bias1)
+        activated = plan.activation.forward(hidden, probs)
         kept = None if plan.recompute else hidden
         ctx.save_for_backward(tensor, probs, weight1, weight2, bias1, bias2, index, inverse, kept)
         ctx.plan = plan
@@ -100,19 +98,15 @@ class _GroupedMLP(torch.autograd.Function):
         tensor, probs, weight1, weight2, bias1, bias2, index, inverse, hidden = ctx.saved_tensors
         plan, needed, grad = ctx.plan, ctx.needs_input_grad, grad.contiguous()
         groups, gemm = plan.groups, plan.gemm
-        rows = at = grad_tensor = grad_weight1 = grad_weight2 = grad_bias1 = grad_bias2 = None
+        rows = grad_tensor = grad_weight1 = grad_weight2 = grad_bias1 = grad_bias2 = None
         if hidden is None:
-            rows, at = _rows(tensor, index, inverse, gemm)
-            if bias1 is None:
-                hidden = gemm.multiply(rows, weight1, groups, at)
-            else:
-                hidden = gemm.multiply_add(rows, weight1, bias1, groups, at)
-        grad_hidden, activated, grad_probs = gemm.multiply_activate_backward(
-            grad, weight2, hidden, probs, groups, plan.activation
-        )
-        del hidden
+            rows = take_rows(tensor, index, inverse).contiguous()
+            hidden = _first_product(plan, rows, weight1, bias1)
+        grad_activated = gemm.multiply(grad, weight2, groups, transposed=True)
+        grad_hidden, activated, grad_probs = plan.activation.backward(hidden, probs, grad_activated)
+        del hidden, grad_activated
         if needed[3]:
-            grad_weight2 = _weight_gradient(plan, weight2, grad, activated, None)
+            grad_weight2 = _weight_gradient(plan, weight2, grad, activated)
         del activated
         if bias2 is not None:
             experts = groups.experts_of_rows(probs.shape[0]).unsqueeze(1)
@@ -121,8 +115,8 @@ class _GroupedMLP(torch.autograd.Function):
             grad_bias1 = _bias_gradient(bias1, grad_hidden, None, groups)
         if needed[2]:
             if rows is None:
-                rows, at = _rows(tensor, index, inverse, gemm)
-            grad_weight1 = _weight_gradient(plan, weight1, grad_hidden, rows, at)
+                rows = take_rows(tensor, index, inverse).contiguous()
+            grad_weight1 = _weight_gradient(plan, weight1, grad_hidden, rows)
         del rows
         if needed[0]:
             grad_rows = gemm.multiply(grad_hidden, weight1, groups, transposed=True)
@@ -134,13 +128,13 @@ class _GroupedMLP(torch.autograd.Function):
         return grad_tensor, grad_probs, grad_weight1, grad_weight2, grad_bias1, grad_bias2, None, None, None
 
 
-def _rows(
-    tensor: Tensor, index: Tensor | None, inverse: Tensor | None, gemm: GroupedGemm
-) -> tuple[Tensor, Tensor | None]:
-    """The rows as a backend wants them: with an index, or in expert order and none."""
-    if index is not None and gemm.follows_index:
-        return tensor.contiguous(), index.contiguous()
-    return take_rows(tensor, index, inverse).contiguous(), None
+def _first_product(
+    plan: _Plan, rows: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor | None = None
+) -> Tensor:
+    """The pre-activation."""
+    if bias is None:
+        return plan.gemm.multiply(rows, weight, plan.groups, index)
+    return plan.gemm.multiply_add(rows, weight, bias, plan.groups, index)
 
 
 def _bias_gradient(bias: Tensor, grad: Tensor, weights: Tensor | None, groups: Groups) -> Tensor:
@@ -153,14 +147,12 @@ def _bias_gradient(bias: Tensor, grad: Tensor, weights: Tensor | None, groups: G
     return result
 
 
-def _weight_gradient(
-    plan: _Plan, weight: Tensor, grad: Tensor, rows: Tensor, index: Tensor | None
-) -> Tensor | None:
+def _weight_gradient(plan: _Plan, weight: Tensor, grad: Tensor, rows: Tensor) -> Tensor | None:
     """The gradient of a weight; None where it was added to the weight's `main_grad`."""
     main_grad = getattr(weight, "main_grad", None) if plan.into_main_grad else None
     if main_grad is None:
-        return plan.gemm.weight_gradient(grad, rows, plan.groups, index)
-    plan.gemm.weight_gradient(grad, rows, plan.groups, index, into=main_grad)
+        return plan.gemm.weight_gradient(grad, rows, plan.groups)
+    plan.gemm.weight_gradient(grad, rows, plan.groups, into=main_grad)
     return None
 
 

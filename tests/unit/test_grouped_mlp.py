@@ -18,6 +18,7 @@ import oracles
 import pytest
 import torch
 import torch.nn.functional as F
+from interpreter import mend_interpreter
 from tolerances import RELATIVE_RMS, assert_close, assert_same, relative_rms_error
 from torch import Tensor
 
@@ -144,6 +145,7 @@ def call(name: str, given: Problem, leaves: list[Tensor], recompute: bool = Fals
 
 def run_interpreted(task: bytes) -> bytes:
     """In the process of its own: the pickled results of a pickled call of `compute`."""
+    mend_interpreter()
     with harness.poisoned_memory():
         return pickle.dumps([compute(*arguments) for arguments in pickle.loads(task)])
 
@@ -394,12 +396,18 @@ def test_auto_takes_what_the_table_says(monkeypatch):
     monkeypatch.setattr(choice, "_why_not_triton", lambda *_: "not today")
     monkeypatch.setattr(choice, "_why_not_torch", lambda *_: "")
     found = choice.choose_grouped_gemm("auto", "cuda", torch.bfloat16)
-    assert found.name == "torch" and "not triton: not today" in found.reason
+    assert found.name == "loop" and "not triton+torch: not today; triton: not today" in found.reason
     monkeypatch.setattr(choice, "_why_not_triton", lambda *_: "")
+    monkeypatch.setattr(torch.version, "hip", None)
+    assert choice.choose_grouped_gemm("auto", "cuda", torch.bfloat16).name == "triton+torch"
+    assert choice.choose_grouped_gemm("auto", "cuda", torch.float32).name == "loop"
+    monkeypatch.setattr(choice, "_why_not_torch", lambda *_: "an older GPU")
+    assert choice.choose_grouped_gemm("auto", "cuda", torch.float16).name == "triton"
+    monkeypatch.setattr(torch.version, "hip", "7.0")
     assert choice.choose_grouped_gemm("auto", "cuda", torch.bfloat16).name == "triton"
     assert choice.choose_grouped_gemm("loop", "cuda", torch.bfloat16).reason.startswith("pinned")
     for row in choice.AUTO.values():
-        assert row[-1] == "loop" and set(row) <= set(choice.BACKENDS)
+        assert row[-1] == "loop" and set(row) <= {*choice.BACKENDS, choice.MIXED}
 
 
 @pytest.mark.parametrize("dtype, features, device, reason", [
