@@ -4,6 +4,8 @@
 The losses come from the TensorBoard events that Megatron writes (--tensorboard-dir), the experts' load from the
 file that `--moe-backend xmoe` writes with --xmoe-expert-load-file. Runs that stopped and went on are drawn as one;
 what a restart computed again replaces what was there before. The figures are printed as well.
+
+  python tools/plot_run.py --tensorboard-dir runs/a/tensorboard --output a.png
 """
 
 import argparse
@@ -200,7 +202,7 @@ def main(argv: list[str] | None = None) -> None:
         prog=PROG, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--tensorboard-dir", type=Path, required=True, metavar="DIR", help="events of the run")
-    parser.add_argument("--expert-load", type=Path, metavar="FILE", help="file of --xmoe-expert-load-file")
+    parser.add_argument("--expert-load", type=Path, metavar="FILE", help="file of --xmoe-expert-load-file (default: none)")
     parser.add_argument("--output", type=Path, required=True, metavar="FILE.png", help="figure (or .svg, .pdf)")
     parser.add_argument("--loss", default="lm loss", metavar="TAG", help="name of the loss (default: 'lm loss')")
     args = parser.parse_args(argv)
