@@ -171,6 +171,7 @@ def built_without_values(model_config, groups) -> list:
         chunks = build_virtual_pipeline_stages(
             builder.build_model, groups, transformer.virtual_pipeline_model_parallel_size
         )
+    assert all(parameter.is_meta for chunk in chunks for parameter in chunk.parameters())
     for hook in model_config.post_wrap_hooks:
         hook(chunks)
     return chunks

@@ -202,7 +202,8 @@ def main(argv: list[str] | None = None) -> None:
         prog=PROG, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--tensorboard-dir", type=Path, required=True, metavar="DIR", help="events of the run")
-    parser.add_argument("--expert-load", type=Path, metavar="FILE", help="file of --xmoe-expert-load-file (default: none)")
+    text = "file of --xmoe-expert-load-file (default: none)"
+    parser.add_argument("--expert-load", type=Path, metavar="FILE", help=text)
     parser.add_argument("--output", type=Path, required=True, metavar="FILE.png", help="figure (or .svg, .pdf)")
     parser.add_argument("--loss", default="lm loss", metavar="TAG", help="name of the loss (default: 'lm loss')")
     args = parser.parse_args(argv)
