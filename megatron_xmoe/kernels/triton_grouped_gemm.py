@@ -17,6 +17,7 @@ from megatron_xmoe.kernels.triton_common import ceil_div, on, power_of_two
 
 MAP_BLOCK = 32  # row tiles of a program of the map kernel
 TMA_BYTES = 16  # what the length and the start of a row have to be a multiple of
+CLEARING, CLEARED = 8, 4096  # programs an expert, and elements that each clears at a time
 GROUP = 8  # row tiles that are computed next to each other, for the sake of the L2 cache
 
 
@@ -141,6 +142,17 @@ def weight_gradient_kernel(
             tl.store(target, total.to(out.dtype.element_ty), mask=inside)
 
 
+@triton.jit
+def clear_kernel(out, ends, SIZE, BLOCK: tl.constexpr):
+    """Zeros in out[e], of SIZE elements, for the experts e without rows."""
+    expert = tl.program_id(0)
+    start = tl.load(ends + expert - 1, mask=expert > 0, other=0)
+    if start == tl.load(ends + expert):
+        for first in range(tl.program_id(1) * BLOCK, SIZE, tl.num_programs(1) * BLOCK):
+            at = first + tl.arange(0, BLOCK)
+            tl.store(out + expert.to(tl.int64) * SIZE + at, tl.zeros([BLOCK], out.dtype.element_ty), mask=at < SIZE)
+
+
 def tile_of(tma: bool, itemsize: int) -> dict[str, int]:
     """Launch parameters: rows, columns and depth of a tile; with TMA found by trying on one H200, else a guess."""
     if tma:
@@ -218,6 +230,14 @@ def weight_gradient(
             grad, rows, out, described(out, 1, tile["BN"], tile["BD"], there=tma and not accumulate and fits_tma(out)),
             ends, programs, E, N, D, TMA=tma, ACCUMULATE=accumulate, GROUP=GROUP, **tile,
         )  # fmt: skip
+    return out
+
+
+def clear_empty(out: Tensor, ends: Tensor) -> Tensor:
+    """`out` [E, N, D], contiguous, changed in place: zeros for experts without rows. Args: ends, [E] int32."""
+    if out.numel():
+        with on(out):
+            clear_kernel[(out.shape[0], CLEARING)](out, ends, out[0].numel(), CLEARED)
     return out
 
 

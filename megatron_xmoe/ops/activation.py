@@ -80,6 +80,4 @@ class Activation:
 
     def _fuses(self, hidden: Tensor) -> bool:
         """Whether there is a kernel for it, here."""
-        return (
-            self.kind is not None and hidden.is_cuda and hidden.dtype != torch.float64 and triton_is_usable("cuda")
-        )
+        return self.kind is not None and hidden.is_cuda and hidden.dtype != torch.float64 and triton_is_usable("cuda")

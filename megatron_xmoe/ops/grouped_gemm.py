@@ -5,6 +5,7 @@ expert are contiguous. `index` [M] int32 names the source row of each row, where
 """
 
 from dataclasses import dataclass
+from functools import cache, cached_property
 
 import torch
 import torch.nn.functional as F
@@ -18,17 +19,22 @@ from megatron_xmoe.kernels.registry import kernel
 class Groups:
     """Which rows belong to which expert."""
 
-    sizes: list[int]
-    """Rows of each expert; zeros are allowed."""
+    counts: Tensor
+    """[E] rows of each expert, on the CPU or the rows' device; zeros are allowed."""
 
     ends: Tensor
-    """[E] int32, cumulative sizes, on the rows' device."""
+    """[E] int32, cumulative counts, on the rows' device."""
 
     @classmethod
     def of(cls, tokens_per_expert: Tensor, device: torch.device) -> "Groups":
-        """From row counts [E] on the CPU."""
+        """From row counts [E], on the CPU or on `device`."""
         ends = tokens_per_expert.cumsum(0).to(torch.int32)
-        return cls(tokens_per_expert.tolist(), ends.to(device, non_blocking=True))
+        return cls(tokens_per_expert, ends.to(device, non_blocking=True))
+
+    @cached_property
+    def sizes(self) -> list[int]:
+        """The counts on the host, which waits for them where they are not there."""
+        return self.counts.tolist()
 
     def experts_of_rows(self, num_rows: int) -> Tensor:
         """[M] int32: the expert of each row. Args: num_rows, M."""
@@ -67,9 +73,7 @@ class GroupedGemm:
         """
         raise NotImplementedError
 
-    def weight_gradient(
-        self, grad: Tensor, rows: Tensor, groups: Groups, into: Tensor | None = None
-    ) -> Tensor:
+    def weight_gradient(self, grad: Tensor, rows: Tensor, groups: Groups, into: Tensor | None = None) -> Tensor:
         """Gradient [E, N, D] of `weight` in `multiply`; zeros where there are no rows.
 
         Args:
@@ -150,7 +154,8 @@ class Mixed(TritonGemm):
     def weight_gradient(self, grad, rows, groups, into=None):
         if into is not None:
             return super().weight_gradient(grad, rows, groups, into)
-        return TorchGroupedMM().weight_gradient(grad, rows, groups)
+        result = F.grouped_mm(grad.t(), rows, offs=groups.ends)
+        return self.kernels.clear_empty(result, groups.ends)  # see TorchGroupedMM; this waits for no counts
 
 
 _CLASSES = {"loop": Loop, "torch": TorchGroupedMM, "triton": TritonGemm, "triton+torch": Mixed}
@@ -167,7 +172,12 @@ def backend_for(pinned: str, rows: Tensor, features: tuple[int, ...]) -> Grouped
     Raises:
         ValueError: `pinned` is unknown or cannot run here.
     """
-    return backend(choose_grouped_gemm(pinned, rows.device.type, rows.dtype, features).name)
+    return _backend_for(pinned, rows.device.type, rows.dtype, features)
+
+
+@cache
+def _backend_for(pinned: str, device_type: str, dtype: torch.dtype, features: tuple[int, ...]) -> GroupedGemm:
+    return backend(choose_grouped_gemm(pinned, device_type, dtype, features).name)
 
 
 def _gathered(rows: Tensor, index: Tensor | None) -> Tensor:

@@ -36,9 +36,7 @@ def gather_rows(x: Tensor, index: Tensor, inverse: Tensor | None = None) -> Tens
     return _GatherRows.apply(x, index, inverse)
 
 
-def gather_sum(
-    y: Tensor, index: Tensor, weights: Tensor | None = None, token_ids: Tensor | None = None
-) -> Tensor:
+def gather_sum(y: Tensor, index: Tensor, weights: Tensor | None = None, token_ids: Tensor | None = None) -> Tensor:
     """Weighted sums of rows: result[t] = sum over k of weights[t, k] * y[index[t, k]].
 
     Args:
