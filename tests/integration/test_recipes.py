@@ -26,7 +26,7 @@ def recorder(tmp_path: Path) -> dict[str, str]:
     scripts = {
         "python-stand-in": 'printf "%s\\n" "RANK=${RANK-} WORLD_SIZE=${WORLD_SIZE-} LOCAL_RANK=${LOCAL_RANK-}" "$@"',
         "srun": 'while [[ $1 == --* ]]; do shift; done; exec "$@"',
-        "scontrol": 'echo "node7"; echo "node8"',
+        "scontrol": 'echo node7; sleep 0.1; seq 8 9999',  # whoever stops reading early makes it fail
     }
     for name, text in scripts.items():
         (programs / name).write_text(f"#!/usr/bin/env bash\n{text}\n")
