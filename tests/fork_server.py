@@ -28,6 +28,7 @@ PRELOADED = """
     megatron.training.checkpointing megatron_xmoe.backend megatron_xmoe.metrics megatron_xmoe.training.arguments
     megatron_xmoe.training.checks megatron_xmoe.training.defaults megatron_xmoe.training.gpt_step
     megatron_xmoe.training.main megatron_xmoe.training.options megatron_xmoe.training.report
+    megatron_xmoe.training.setup
     megatron.core.tokenizers.text.libraries
     torch.distributed.checkpoint.format_utils
 """.split()
@@ -157,6 +158,7 @@ def _run(rank: int, port: int, request: dict) -> NoReturn:
                       MASTER_PORT=str(port))  # fmt: skip
     os.environ.update(request["environment"])
     sys.argv = [request["script"], *request["argv"]]
+    sys.path.insert(0, os.path.dirname(request["script"]))
     if request["recorder"]:
         import recorder
 

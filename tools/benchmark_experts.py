@@ -175,15 +175,17 @@ def parse(argv: list[str] | None) -> Namespace:
     default = "; ".join(",".join(map(str, shape)) for shape in SHAPES)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     what = parser.add_argument_group("what is timed")
-    what.add_argument("--shapes", type=shapes, default=SHAPES, help=f"T,d,n,E,K, several with ';' (default {default})")
-    what.add_argument("--dtype", choices=DTYPES, default="bf16", help="of rows and weights (default bf16)")
+    what.add_argument("--shapes", type=shapes, default=default,
+                      help=f"T,d,n,E,K, several with ';' (default: {default})")  # fmt: skip
+    what.add_argument("--dtype", choices=DTYPES, default="bf16", help="of rows and weights (default: bf16)")
     names = ("all", *BACKENDS, MIXED)
-    what.add_argument("--grouped-gemm", choices=names, default="all", help="our backend of the products (default all)")
+    what.add_argument("--grouped-gemm", choices=names, default="all", help="our backend of the products (default: all)")
     what.add_argument("--stages", action="store_true", help="also time each stage of ours beside its own floor")
     where = parser.add_argument_group("where, and to what file")
-    where.add_argument("--device", choices=("cuda", "cpu"), default=device, help=f"(default here: {device})")
+    where.add_argument("--device", choices=("cuda", "cpu"), default=device,
+                       help=f"of the times (default here: {device})")  # fmt: skip
     where.add_argument("--threads", type=positive_number(int), help="of torch on a CPU (default: torch's)")
-    where.add_argument("--json", help="also write all figures to this file")
+    where.add_argument("--json", help="also write all figures to this file (default: to none)")
     args = parser.parse_args(argv)
     args.dtype, args.device = DTYPES[args.dtype], torch.device(args.device)
     if args.device.type == "cuda" and not torch.cuda.is_available():

@@ -105,14 +105,18 @@ def shapes(text: str) -> tuple[tuple[int, int, int, int], ...]:
 
 def parse(argv: list[str] | None) -> Namespace:
     """Reads the command line."""
-    parser = OneLineErrorParser(prog=PROG, description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    example = "Example: python tools/benchmark_ops.py --device cpu --shapes 512,8,64,1024"
+    parser = OneLineErrorParser(prog=PROG, description=__doc__, epilog=example,
+                                formatter_class=RawDescriptionHelpFormatter)  # fmt: skip
     default = "; ".join(",".join(map(str, shape)) for shape in SHAPES)
-    parser.add_argument("--shapes", type=shapes, default=SHAPES, help=f"T,K,E,H, several with ';' (default {default})")
-    parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="of the rows (default bf16)")
+    parser.add_argument("--shapes", type=shapes, default=default,
+                        help=f"T,K,E,H, several with ';' (default: {default})")  # fmt: skip
+    parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="of the rows (default: bf16)")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", choices=("cuda", "cpu"), default=device, help=f"(default here: {device})")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default=device,
+                        help=f"where to measure (default: a GPU if there is one, here {device})")  # fmt: skip
     parser.add_argument("--threads", type=positive_number(int), help="of torch on a CPU (default: torch's)")
-    parser.add_argument("--json", help="also write all figures to this file")
+    parser.add_argument("--json", help="also write all figures to this file (default: to none)")
     variants = "instead time Triton's kernels with other launch parameters, best first (about a minute a shape)"
     parser.add_argument("--variants", action="store_true", help=variants)
     args = parser.parse_args(argv)

@@ -8,7 +8,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
-gpus=$("$python" -c 'import torch; print(torch.cuda.device_count())')
+gpus=""
 backends="megatron xmoe"
 while [[ $# -gt 0 ]]; do
     case $1 in
@@ -18,6 +18,7 @@ while [[ $# -gt 0 ]]; do
         *) break ;;
     esac
 done
+gpus=${gpus:-$("$python" -c 'import torch; print(torch.cuda.device_count())')}
 [[ $gpus -ge 1 ]] || { echo "benchmark_pretrain.sh: error: no GPU found; this measures GPUs" >&2; exit 2; }
 log=$(mktemp)
 trap 'rm -f "$log"' EXIT

@@ -201,8 +201,11 @@ def compile_one(task: tuple[Launch, str]) -> str:
 
 def main() -> int:
     """Compiles everything; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--jobs", type=int, default=2, help="compilations at a time (default 2)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="Example: python tools/compile_triton.py --jobs 8",
+    )  # fmt: skip
+    parser.add_argument("--jobs", type=int, default=2, help="compilations at a time (default: 2)")
     args = parser.parse_args()
     start = time.monotonic()
     tasks = [(launch, name) for name in TARGETS for launch in launches(name)]

@@ -139,7 +139,9 @@ def options(args: argparse.Namespace):
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    main = OneLineErrorParser(prog=PROG, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    example = "Example: python tools/convert_checkpoint.py hf-to-megatron --hf Qwen3-30B-A3B --megatron qwen3 --verify"
+    main = OneLineErrorParser(prog=PROG, description=__doc__, epilog=f"COMMAND --help lists its options. {example}",
+                              formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     commands = main.add_subparsers(required=True, metavar="COMMAND", parser_class=OneLineErrorParser)
 
     def command(name: str, function, **folders: str) -> argparse.ArgumentParser:
@@ -156,13 +158,14 @@ def parser() -> argparse.ArgumentParser:
     _conversion_options(convert, to_megatron=False)
     text = "config.json or its folder (default: hf/ of a conversion)"
     convert.add_argument("--hf-config", type=Path, metavar="DIR|FILE", help=text)
-    convert.add_argument("--shard-size", type=positive_number(float), default=5, metavar="GB", help="default: 5")
+    convert.add_argument("--shard-size", type=positive_number(float), default=5, metavar="GB",
+                         help="size of the shards (default: 5)")  # fmt: skip
     convert = command("xmoe-to-megatron", xmoe_to_megatron, xmoe="folder with mp_rank and expert files", megatron=new)
     _conversion_options(convert, to_megatron=True)
     trust = "load pickles that need more than tensors: they may run code of whoever made the file"
     convert.add_argument("--trust-pickle", action="store_true", help=trust)
     known = "(default: what the checkpoint was trained with)"
-    convert.add_argument("--num-attention-heads", type=positive_number(int), metavar="N", help=known)
+    convert.add_argument("--num-attention-heads", type=positive_number(int), metavar="N", help=f"heads {known}")
     convert.add_argument("--topk", type=positive_number(int), metavar="K", help=f"experts per token {known}")
     convert = command("upcycle", upcycle, dense="dense checkpoint", megatron=new)
     _conversion_options(convert, to_megatron=True)
@@ -173,15 +176,16 @@ def parser() -> argparse.ArgumentParser:
     convert.add_argument("--pre-softmax", action="store_true", help="route by the softmax over all experts")
     convert.add_argument("--seed", type=int, default=1234, help="of the new routers (default: 1234)")
     look = command("inspect", inspect)
-    look.add_argument("checkpoint", type=Path, metavar="DIR")
+    look.add_argument("checkpoint", type=Path, metavar="DIR", help="in any of the formats")
     look.add_argument("--tensors", action="store_true", help="list every tensor")
     compare = command("diff", diff)
-    compare.add_argument("first", type=Path, metavar="DIR")
-    compare.add_argument("second", type=Path, metavar="DIR")
+    compare.add_argument("first", type=Path, metavar="DIR", help="a checkpoint, in any of the formats")
+    compare.add_argument("second", type=Path, metavar="DIR", help="another one, in the same format or not")
     run = command("logits", logits, megatron="torch_dist checkpoint")
     run.add_argument("--tokens", required=True, type=Path, metavar="FILE.pt", help="integer tensor [batch, sequence]")
     run.add_argument("--out", required=True, type=Path, metavar="FILE.pt", help="float32 tensor [batch, sequence, V]")
-    run.add_argument("arguments", nargs="*", metavar="ARGUMENT", help="further arguments of Megatron, after --")
+    run.add_argument("arguments", nargs="*", metavar="ARGUMENT",
+                     help="of Megatron, after -- (default: none beside the checkpoint's)")  # fmt: skip
     return main
 
 

@@ -36,8 +36,10 @@ option is set, and the start-up block says so.
 
 def main() -> int:
     """Write or check the page; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--check", action="store_true", help="compare only")
+    example = "Example: python tools/render_options.py --check"
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog=example)
+    text = "write nothing: exit code 1 if the page is not what would be written"
+    parser.add_argument("--check", action="store_true", help=text)
     check = parser.parse_args().check
     sys.path.insert(0, str(ROOT))
     page = render()

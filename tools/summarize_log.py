@@ -40,12 +40,14 @@ def summary(figures: dict[str, list[float]], skip: int, tokens: int, gpus: int) 
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    example = "Example: python tools/summarize_log.py run.log --gpus 8"
+    parser = argparse.ArgumentParser(description=__doc__, epilog=example)
     parser.add_argument("log", type=Path, help="console log of pretrain_xmoe.py, with --log-interval 1")
-    parser.add_argument("--name", default="", help="what to call the run")
-    parser.add_argument("--skip", type=int, default=4, help="warm-up iterations left out of the medians")
-    parser.add_argument("--tokens-per-iteration", type=int, default=0, help="global batch size times sequence length")
-    parser.add_argument("--gpus", type=int, default=1, help="number of GPUs of the run")
+    parser.add_argument("--name", default="", help="what to call the run (default: nothing)")
+    parser.add_argument("--skip", type=int, default=4, help="warm-up iterations left out of the medians (default: 4)")
+    parser.add_argument("--tokens-per-iteration", type=int, default=0, help="global batch size times sequence length, "
+                        "for tokens/s (default: 0, which leaves them out)")  # fmt: skip
+    parser.add_argument("--gpus", type=int, default=1, help="number of GPUs of the run (default: 1)")
     args = parser.parse_args()
     print(f"{args.name}: {summary(read(args.log), args.skip, args.tokens_per_iteration, args.gpus)}", flush=True)
 

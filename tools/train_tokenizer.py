@@ -157,7 +157,8 @@ then train with
     add("--json-key", default="text", metavar="KEY", help="key of the text in a JSON line (default: text)")
     add("--model-type", default="bpe", choices=("bpe", "unigram"), help="algorithm (default: bpe)")
     add("--character-coverage", type=fraction, default=0.9995, metavar="SHARE", help=coverage_help)
-    add("--threads", type=whole, default=os.cpu_count(), metavar="N", help="default: all cores")
+    add("--threads", type=whole, default=os.cpu_count(), metavar="N",
+        help=f"threads (default: all cores, here {os.cpu_count()})")  # fmt: skip
     add("--skip-bad-lines", action="store_true", help="leave out and count lines that cannot be read")
     return parser.parse_args(argv)
 

@@ -37,6 +37,8 @@ def install() -> list[Replacement]:
     if not needed():
         raise RuntimeError("the CPU stand-ins for torch.cuda must not be installed where there is an accelerator")
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # Megatron's compiled fusions gain nothing here
+    with torch.device("meta"):
+        torch.empty(0)  # `with torch.device(...)` looks up the factories at its first use, and must find torch's own
     apply(TORCH_REPLACEMENTS)
     apply(MEGATRON_REPLACEMENTS)
     return [*TORCH_REPLACEMENTS, *MEGATRON_REPLACEMENTS]

@@ -3,6 +3,7 @@
 import argparse
 import copy
 import sys
+from collections.abc import Callable
 from dataclasses import fields
 from typing import NoReturn
 
@@ -14,8 +15,10 @@ from megatron_xmoe.training.errors import UsageError
 
 
 def add_xmoe_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Add the options of XMoEConfig to a parser, as a group of their own."""
-    ArgumentGroupFactory(XMoEConfig).build_group(parser, title="X-MoE")
+    """Add the options of XMoEConfig to a parser, as a group of their own, with their defaults in the help."""
+    group = ArgumentGroupFactory(XMoEConfig).build_group(parser, title="X-MoE")
+    for action in group._group_actions:
+        action.help += f" (default: {'none' if action.default is None else action.default})"
     return parser
 
 
@@ -25,14 +28,9 @@ def xmoe_config_from_args(args: argparse.Namespace) -> XMoEConfig:
 
 
 def parse() -> tuple[argparse.Namespace, set[str], dict[str, object]]:
-    """Parse the command line with Megatron's parser.
+    """Parse the command line of pretrain_xmoe.py with Megatron's parser; returns what `parse_with` does."""
 
-    Returns:
-        The arguments; the names (destinations) that the command line gave; every option's default.
-    """
-    built: list[argparse.ArgumentParser] = []
-
-    def extra_args_provider(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    def provider(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         parser.prog = "pretrain_xmoe.py"
         parser.description = (
             "Pretrain a GPT model, dense or Mixture-of-Experts, with Megatron-Core's training loop. Every option of "
@@ -41,10 +39,26 @@ def parse() -> tuple[argparse.Namespace, set[str], dict[str, object]]:
         )
         parser.error = _one_line_error
         _repair_help(parser)
-        built.append(add_xmoe_arguments(parser))
+        return add_xmoe_arguments(parser)
+
+    return parse_with(provider)
+
+
+def parse_with(
+    extra_args_provider: Callable[[argparse.ArgumentParser], argparse.ArgumentParser], ignore_unknown_args: bool = False
+) -> tuple[argparse.Namespace, set[str], dict[str, object]]:
+    """Parse the command line with Megatron's parser and what a function adds to it.
+
+    Returns:
+        The arguments; the names (destinations) that the command line gave; every option's default.
+    """
+    built: list[argparse.ArgumentParser] = []
+
+    def provider(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+        built.append(extra_args_provider(parser))
         return built[0]
 
-    args = parse_args(extra_args_provider)
+    args = parse_args(provider, ignore_unknown_args)
     defaults = {action.dest: action.default for action in built[0]._actions}
     return args, _given(built[0], sys.argv[1:]), defaults
 
@@ -70,4 +84,4 @@ def _given(parser: argparse.ArgumentParser, argv: list[str]) -> set[str]:
     parser = copy.copy(parser)
     for action in parser._actions:
         action.default = argparse.SUPPRESS
-    return set(vars(parser.parse_args(argv)))
+    return set(vars(parser.parse_known_args(argv)[0]))

@@ -10,7 +10,7 @@ import traceback
 import warnings
 from collections.abc import Callable
 
-from megatron_xmoe.platform import cpu, placement, wheel
+from megatron_xmoe.platform import cpu, wheel
 from megatron_xmoe.training.errors import UsageError, is_users, one_line
 
 
@@ -52,72 +52,20 @@ def prepare(on_cpu: bool, stand_ins: int, repairs: int, run: Callable | None = N
     Raises:
         UsageError: something of the user's that cannot work.
     """
-    from megatron.training import get_args, get_tokenizer
+    from megatron.training import get_args
     from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
-    from megatron.training.arguments import validate_args
-    from megatron.training.checkpointing import load_args_from_checkpoint
-    from megatron.training.global_vars import set_global_variables
 
-    from megatron_xmoe.backend import apply_moe_backend
-    from megatron_xmoe.metrics import install_metrics
-    from megatron_xmoe.training import checks
-    from megatron_xmoe.training.arguments import parse, xmoe_config_from_args
-    from megatron_xmoe.training.defaults import adjust
-    from megatron_xmoe.training.options import check_options
-    from megatron_xmoe.training.report import print_report
+    from megatron_xmoe.training.arguments import parse
+    from megatron_xmoe.training.checks import check_data
+    from megatron_xmoe.training.setup import settle, use_backend
 
-    args, given, defaults = parse()
-    if args.use_checkpoint_args:
-        load_args_from_checkpoint(args, load_arg="pretrained_checkpoint")
-        load_args_from_checkpoint(args)
-    adjustments = adjust(args, given, on_cpu)
-    checks.check_arguments(args)
-    check_options(args, defaults)
-    validate_args(args)
-    set_global_variables(args)
+    adjustments = settle(*parse(), on_cpu)
     args = get_args()
-    args.xmoe_vocab_size = getattr(get_tokenizer(), "vocab_size", None)  # checkpoints keep it, for check_checkpoint
-    checks.check_data(args, args.xmoe_vocab_size)
-    checks.check_checkpoint(args, args.xmoe_vocab_size)
-
-    xmoe = xmoe_config_from_args(args)
+    check_data(args, args.xmoe_vocab_size)
     model_config = gpt_config_from_args(args)
-    if xmoe.xmoe_ep_placement == "dp-first":
-        placement.install_dp_first()
-    apply_moe_backend(model_config, xmoe, _stock_spec(model_config.transformer_layer_spec))
-
-    def report(model_chunks):
-        print_report(xmoe, adjustments, stand_ins, repairs)
-        if xmoe.moe_backend == "xmoe":
-            install_metrics(
-                *(xmoe.xmoe_metrics, xmoe.xmoe_profile_breakdown),
-                *(args.num_layers + (args.mtp_num_layers or 0), args.num_experts, args.log_interval),
-                memory=not args.overlap_moe_expert_parallel_comm,
-            )
-        return model_chunks
-
-    model_config.post_wrap_hooks.append(report)
+    use_backend(model_config, adjustments, stand_ins, repairs)
     container = pretrain_cfg_container_from_args(args, model_config)
     return lambda program_start: (run or _train)(container, program_start)
-
-
-def _stock_spec(chosen):
-    """The spec callable that Megatron would use: --spec's, or its own choice."""
-    import inspect
-
-    from megatron.core.transformer.spec_utils import ModuleSpec
-    from megatron.training.models.gpt import default_layer_spec
-
-    def stock_spec(config, vp_stage):
-        if chosen is None:
-            return default_layer_spec(config, vp_stage)
-        if isinstance(chosen, ModuleSpec) or not callable(chosen):  # a ModuleSpec is callable, but builds a module
-            return chosen
-        if "vp_stage" in inspect.signature(chosen).parameters:
-            return chosen(config, vp_stage=vp_stage)
-        return chosen(config)
-
-    return stock_spec
 
 
 def _train(container, program_start: float) -> None:

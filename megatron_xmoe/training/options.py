@@ -25,21 +25,22 @@ OF_OUR_LAYER = frozenset(
 )
 
 
-def check_options(args: argparse.Namespace, defaults: dict[str, object]) -> None:
+def check_options(args: argparse.Namespace, defaults: dict[str, object], script: str | None = SCRIPT) -> None:
     """Refuse what is not served.
 
     Args:
         args: parsed and adjusted arguments, not yet validated by Megatron; those that --use-checkpoint-args took from
             a checkpoint count as well.
         defaults: destination -> default of every option.
+        script: the script of ours whose own limits count; None for a stock script, which has its own.
 
     Raises:
         UsageError: the first option that is not served, the reason, and the way out.
     """
     changed = [name for name in sorted(defaults) if getattr(args, name, defaults[name]) != defaults[name]]
     for name in changed:
-        if name in UNAVAILABLE:
-            _refuse(name, args, UNAVAILABLE[name], SCRIPT)
+        if script and name in UNAVAILABLE:
+            _refuse(name, args, UNAVAILABLE[name], script)
     if args.moe_backend != "xmoe":
         for name in sorted(OF_OUR_LAYER.intersection(changed)):
             refusal = Refusal("it is an option of X-MoE's layer", "add --moe-backend xmoe, or leave it out")

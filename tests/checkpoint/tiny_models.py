@@ -143,7 +143,8 @@ def deepseek_v1(values: dict):
     keep = ("vocab_size hidden_size num_hidden_layers num_attention_heads intermediate_size max_position_embeddings "
             "num_key_value_heads rms_norm_eps").split()  # fmt: skip
     model = LlamaForCausalLM(LlamaConfig(**{key: values[key] for key in keep})).eval()
-    experts = CONFIG_MAPPING["deepseek_v2"](**LATENT | {"num_experts_per_tok": values["num_experts_per_tok"]})
+    keep = "hidden_size moe_intermediate_size n_routed_experts n_shared_experts num_experts_per_tok".split()
+    experts = CONFIG_MAPPING["deepseek_v2"](**LATENT | {key: values[key] for key in keep})
     experts._experts_implementation = "eager"
     for layer in model.model.layers[values["first_k_dense_replace"] :]:
         layer.mlp = DeepseekV2Moe(experts)

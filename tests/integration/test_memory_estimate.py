@@ -1,0 +1,51 @@
+"""The memory estimate of a dry run against what a model keeps, and against sums by hand."""
+
+import json
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+from jobs import REPOSITORY, run_script
+
+sys.path.insert(0, str(REPOSITORY / "tools"))
+
+from memory_estimate import Rank, state_bytes  # noqa: E402
+
+LAYERS, HIDDEN, TOKENS = 6, 64, 512
+MODEL = f"""--num-layers {LAYERS} --hidden-size {HIDDEN} --num-attention-heads 4 --ffn-hidden-size 96 --seq-length 256
+    --max-position-embeddings 256 --normalization RMSNorm --position-embedding-type rope --disable-bias-linear
+    --untie-embeddings-and-output-weights --attention-dropout 0 --hidden-dropout 0 --num-experts 8 --moe-router-topk 3
+    --moe-ffn-hidden-size 48 --micro-batch-size 2 --global-batch-size 2 --lr 1e-3 --train-iters 1 --mock-data
+    --tokenizer-type NullTokenizer --vocab-size 256 --moe-backend xmoe""".split()
+
+
+@pytest.mark.parametrize(
+    ("options", "unfused"),
+    [
+        ("", 0),
+        ("--swiglu", 0),
+        ("--swiglu --xmoe-recompute-activation", 0),
+        ("--swiglu --moe-router-topk 6 --group-query-attention --num-query-groups 2", 0),
+        # a gate that is computed by itself: 4 shared experts of 64, two dense layers of 96
+        ("--swiglu --moe-layer-freq [0,1,1,0,1,1] --moe-shared-expert-intermediate-size 64", 4 * 64 + 2 * 96),
+    ],
+)
+def test_estimate_of_what_a_forward_pass_keeps(options, unfused):
+    job = run_script(Path(__file__).with_name("memory_job.py"), *MODEL, *options.split())
+    kept, estimated = json.loads(job.output.splitlines()[-1])
+    # kept on a CPU only, where norms and gates of dense layers are not fused: normalised values, activated gates
+    on_cpu = 4 * TOKENS * ((2 * LAYERS + 1) * HIDDEN + unfused)
+    assert 0.87 * kept < estimated + on_cpu < 1.02 * kept
+
+
+def test_states_are_shared_by_the_data_parallel_ranks():
+    args = Namespace(bf16=True, fp16=False, accumulate_allreduce_grads_in_fp32=True, use_distributed_optimizer=True)
+    rank = Rank(1000, 600, dense_replicas=10, expert_replicas=2, dense_layers=1, expert_layers=1, last_stage=True,
+                micro_batches=1)  # fmt: skip
+    found = state_bytes(args, rank)
+    assert found == {"weights": 3200, "gradients": 6400, "optimizer states": 12 * (100 + 300)}
+    args.use_distributed_optimizer = False
+    assert state_bytes(args, rank)["optimizer states"] == 12 * 1600
+    args.bf16 = args.accumulate_allreduce_grads_in_fp32 = False
+    assert state_bytes(args, rank) == {"weights": 6400, "gradients": 6400, "optimizer states": 8 * 1600}

@@ -1,0 +1,95 @@
+"""--help of every program: each option is explained, in words of its own, with its default; there is an example."""
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from help_driver import described
+
+ROOT = Path(__file__).resolve().parents[2]
+PROGRAMS = sorted(
+    path for folder in ("tools", "patches") for path in (ROOT / folder).glob("*.py") if "__main__" in path.read_text()
+)
+SHELL = sorted(path for path in (ROOT / "tools").glob("*.sh") if path.read_text().startswith("#!"))
+ABOUT_DEVICES = ("benchmark_experts.py", "benchmark_ops.py", "compile_triton.py")  # the defaults are what torch finds
+YES_OR_NO = ("True", "False")
+
+
+def faults(parser: dict, name: str) -> list[str]:
+    """What is wrong with the options of a parser and of its commands."""
+    found, seen = [], {}
+    for option in parser["options"]:
+        what, text = f"{name} {option['name']}", option["help"]
+        if len(text) < 5:
+            found.append(f"{what} has no help")
+        if text in seen:
+            found.append(f"{what} has the help of {seen[text]}")
+        seen[text] = option["name"]
+        if text and option["needs_default"] and "default" not in text:
+            found.append(f"{what} does not say its default")
+        elif text and option["needs_default"] and not _says(text.split("default", 1)[1], option["default"]):
+            found.append(f"{what} does not say that its default is {option['default']}")
+    for command, child in parser["commands"].items():
+        found += faults(child, f"{name} {command}")
+    return found
+
+
+def _says(text: str, default: str) -> bool:
+    """Whether a text has a value; numbers in any spelling, yes and no in words."""
+    try:
+        return float(default) in [float(number) for number in re.findall(r"-?\d+(?:\.\d+)?", text)]
+    except ValueError:
+        return default in text or default in YES_OR_NO
+
+
+@pytest.mark.parametrize("path", PROGRAMS, ids=lambda path: path.name)
+def test_every_option_is_explained(path):
+    command = [sys.executable, ROOT / "tests" / "help_driver.py", path]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    parser = json.loads(done.stdout.splitlines()[-1])
+    assert parser["options"] or parser["commands"]
+    assert not faults(parser, path.name)
+    assert re.search(rf"python (tools|patches)/{path.name} ", " ".join(parser["text"].split())), "no example"
+    # quickly: what takes seconds to import is imported when it is needed
+    assert not parser["loaded"] or path.name in ABOUT_DEVICES
+
+
+def test_the_options_of_xmoe_are_explained():
+    from megatron_xmoe.training.arguments import add_xmoe_arguments
+
+    parser = described(add_xmoe_arguments(argparse.ArgumentParser()))
+    assert len(parser["options"]) >= 7 and "X-MoE:" in parser["text"]
+    assert not faults(parser, "pretrain_xmoe.py")
+
+
+@pytest.mark.parametrize("path", SHELL, ids=lambda path: path.name)
+def test_shell_programs_explain_themselves(path):
+    done = subprocess.run(["bash", path, "--help"], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert f"bash tools/{path.name} [" in done.stdout and "set -euo" not in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("option", "fault"),
+    [
+        ({"help": None}, "has no help"),
+        ({"help": "as --first (default: 1)", "default": 1}, "has the help of --first"),
+        ({"help": "a number", "default": 5}, "does not say its default"),
+        ({"help": "a number (default: 4)", "default": 5}, "does not say that its default is 5"),
+        ({"help": "a number (default: 5)", "default": 5}, None),
+        ({"help": "a number (default: 5)", "default": 5.0}, None),
+        ({"help": "a number", "required": True}, None),
+        ({"help": "switches it on", "action": "store_true"}, None),
+    ],
+)
+def test_faults_are_found(option, fault):
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--first", default=1, help="as --first (default: 1)")
+    parser.add_argument("--second", **option)
+    found = faults(described(parser), "program")
+    assert found == ([f"program --second {fault}"] if fault else [])

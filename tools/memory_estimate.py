@@ -1,0 +1,98 @@
+"""Estimates the memory of one rank of a training job from its parameters and what its layers keep for backward."""
+
+from dataclasses import dataclass
+
+GIB = 2**30
+ADAM_BYTES = 12  # fp32 weights and two fp32 moments, beside weights in half precision
+FP32_ADAM_BYTES = 8  # the weights are the fp32 ones
+
+
+@dataclass(frozen=True)
+class Rank:
+    """What one rank holds.
+
+    Args:
+        dense, expert: numbers of parameters; each kind has its own data-parallel group.
+        dense_replicas, expert_replicas: sizes of these groups.
+        dense_layers, expert_layers: number of layers of this rank, without and with experts.
+        last_stage: whether it computes logits.
+        micro_batches: how many are in flight at the same time.
+    """
+
+    dense: int
+    expert: int
+    dense_replicas: int
+    expert_replicas: int
+    dense_layers: int
+    expert_layers: int
+    last_stage: bool
+    micro_batches: int
+
+
+def state_bytes(args, rank: Rank) -> dict[str, float]:
+    """Bytes of weights, gradients and optimizer states.
+
+    Args: args, Megatron's validated arguments. With the distributed optimizer each data-parallel rank keeps a share of
+    the states.
+    """
+    half = 2 if args.fp16 or args.bf16 else 4
+    gradient = 4 if args.accumulate_allreduce_grads_in_fp32 else half
+    per_state = ADAM_BYTES if half == 2 else FP32_ADAM_BYTES
+    dense_share, expert_share = (
+        (rank.dense_replicas, rank.expert_replicas) if args.use_distributed_optimizer else (1, 1)
+    )
+    parameters = rank.dense + rank.expert
+    return {
+        "weights": half * parameters,
+        "gradients": gradient * parameters,
+        "optimizer states": per_state * (rank.dense / dense_share + rank.expert / expert_share),
+    }
+
+
+def activation_bytes(args, rank: Rank) -> float:
+    """Bytes that the layers of a rank keep for backward, with balanced routing, fused norms and fused attention.
+
+    Counted are the inputs of norms and matrix products, queries, keys and values, and the experts' rows and
+    pre-activations (X-MoE paper, section 5; Megatron's own Mixture-of-Experts layers keep more); left out are the
+    router, masks and what lives only while a layer is computed.
+    """
+    size = 2 if args.fp16 or args.bf16 else 4
+    tensor = args.tensor_model_parallel_size
+    whole = args.seq_length * args.micro_batch_size // args.context_parallel_size
+    tokens = whole // tensor if args.sequence_parallel else whole
+    norm = 2 * tokens * args.hidden_size  # what goes in and what comes out
+    attention = norm + whole * _attention_width(args) / tensor
+    gated = 2 if args.swiglu else 1
+    dense = norm + whole * args.ffn_hidden_size * (gated + 1) / tensor
+    experts = 0.0
+    if args.num_experts:
+        shared = (args.moe_shared_expert_intermediate_size or 0) * (gated + 1) / tensor
+        experts = norm + tokens * args.moe_router_topk * _route_width(args, gated) + whole * shared
+    layers = rank.dense_layers * (attention + dense) + rank.expert_layers * (attention + experts)
+    if args.recompute_granularity == "full":  # the layers' inputs, and one layer at a time
+        inputs = (rank.dense_layers + rank.expert_layers) * tokens * args.hidden_size
+        layers = inputs + attention + max(dense * bool(rank.dense_layers), experts * bool(rank.expert_layers))
+    elif args.recompute_granularity == "selective" and "moe" in args.recompute_modules and rank.expert_layers:
+        layers -= (rank.expert_layers - 1) * (experts - norm)  # all but one layer's, at a time
+    # the last norm, and the logits' softmax in fp32
+    head = size * norm + 4 * whole * args.padded_vocab_size / tensor if rank.last_stage else 0
+    return rank.micro_batches * layers * size + head
+
+
+def _route_width(args, gated: int) -> float:
+    """Elements that X-MoE's experts keep for each route."""
+    ffn = args.moe_ffn_hidden_size / (args.expert_tensor_parallel_size or args.tensor_model_parallel_size)
+    # rows are kept as they arrived; where none is sent they are the tokens, which are the output of the norm
+    rows = args.hidden_size if args.expert_model_parallel_size * (args.expert_tensor_parallel_size or 1) > 1 else 0
+    return rows + (0 if args.xmoe_recompute_activation else gated * ffn)
+
+
+def _attention_width(args) -> int:
+    """Elements a token: queries, keys and values as they are projected and again with positions, and the output."""
+    heads = args.num_attention_heads
+    if args.multi_latent_attention:
+        latent = (args.q_lora_rank or 0) + args.kv_lora_rank
+        wide = args.qk_head_dim + args.qk_pos_emb_head_dim
+        return latent + heads * (3 * wide + args.qk_head_dim + 2 * args.v_head_dim)
+    groups = args.num_query_groups if args.group_query_attention else heads
+    return 3 * args.kv_channels * (heads + groups)
