@@ -1,4 +1,4 @@
-"""XMoELayer with redundancy bypassing against the same layer with the plain dispatcher, in layouts of four and eight."""
+"""XMoELayer with redundancy bypassing against the same layer with the plain dispatcher, on four and eight ranks."""
 
 from dataclasses import dataclass, replace
 from functools import partial
