@@ -2,10 +2,12 @@
 
 from collections.abc import Callable, Iterable
 
+import torch
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from torch import nn
 
 from megatron_xmoe.config import XMoEConfig
+from megatron_xmoe.kernels.grouped_gemm import choose_grouped_gemm
 from megatron_xmoe.kernels.registry import kernels_in_use, pin
 from megatron_xmoe.layer import XMoELayer
 from megatron_xmoe.specs import Spec, substituting
@@ -33,6 +35,10 @@ def apply_moe_backend(model_config, xmoe: XMoEConfig, stock_spec: Callable[..., 
         if xmoe.xmoe_kernels != "auto":
             pin(xmoe.xmoe_kernels)
         kernels_in_use()  # a pinned backend that cannot run here is an error now, not in the first step
+        transformer = model_config.transformer
+        features = transformer.hidden_size, transformer.moe_ffn_hidden_size // transformer.expert_tensor_parallel_size
+        device_type = "cuda" if torch.cuda.is_available() else "cpu"
+        choose_grouped_gemm(xmoe.xmoe_grouped_gemm, device_type, transformer.params_dtype, features)
     model_config.transformer_layer_spec = substituting(stock_spec, xmoe)
     if xmoe.moe_backend == "xmoe":
         model_config.post_wrap_hooks.append(verify_no_stock_layer)

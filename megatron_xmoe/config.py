@@ -64,6 +64,36 @@ class XMoEConfig:
     """What --qk-layernorm normalises: each head of the queries and keys by itself, as Megatron does, or all heads
     together, as OLMoE does. Works with either backend."""
 
+    xmoe_sequence_shard: Literal["auto", "on", "off"] = "auto"
+    """What tensor-parallel ranks do in the Mixture-of-Experts block without --sequence-parallel. 'on': each takes its
+    share of the sequence before the gate and gathers the outputs after the combine, so that activations of the block
+    are divided by the tensor-parallel size; the ranks join expert or expert-data parallelism. 'off': each computes all
+    tokens. Losses and gradients are the same. 'auto' is 'on' with --expert-tensor-parallel-size 1, which is X-MoE's
+    default, and 'off' where experts are sharded. With --sequence-parallel the block is sharded already, and this adds
+    nothing."""
+
+    xmoe_shared_expert: Literal["tensor", "sequence"] = "tensor"
+    """Shared experts of a sequence-sharded block. 'tensor': weights are sharded over the tensor-parallel ranks, as
+    Megatron does it, and see the whole sequence. 'sequence': every rank has the whole weights and computes its share
+    of the sequence; this needs more memory for weights and gradients and less for activations. Checkpoints are the
+    same."""
+
+    xmoe_grouped_gemm: Literal["auto", "triton", "torch", "loop"] = "auto"
+    """Implementation of the experts' matrix products. 'triton' is this project's kernels, for NVIDIA and AMD GPUs;
+    'torch' is torch's grouped_mm, for bf16 on NVIDIA GPUs of compute capability 9 and above; 'loop' is a product per
+    expert and runs everywhere. 'auto' takes what was the fastest in measurements, the best of two where both can run,
+    and says at start-up which and why; a name pins one, and the run stops if it cannot be used. `python -m
+    megatron_xmoe.info` lists them."""
+
+    xmoe_recompute_activation: bool = False
+    """Experts save only their input for backward and compute the first matrix product again, so that of an MoE layer
+    with d hidden and n FFN size 2d instead of 2d + 4Kn bytes a token are kept (bf16, gated, top-K)."""
+
+    xmoe_gradient_accumulation_fusion: Literal["auto", "on", "off"] = "auto"
+    """Whether the experts' weight gradients are added to Megatron's main_grad (fp32 with
+    --accumulate-allreduce-grads-in-fp32 or --bf16) by the matrix products themselves. 'auto' does unless
+    --no-gradient-accumulation-fusion is given. Needs no Apex, unlike the same in Megatron's own layers."""
+
     xmoe_metrics: Literal["off", "summary", "layers"] = "summary"
     """Figures about the experts in Megatron's log, every --log-interval iterations. 'summary' puts the balance of the
     experts, dropped routes, traffic between nodes and the time of the all-to-alls into the console's line, and these

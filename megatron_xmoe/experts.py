@@ -16,12 +16,15 @@ from megatron.core.transformer.utils import make_sharded_object_for_checkpoint
 from torch import Tensor
 from torch.nn import Parameter
 
+from megatron_xmoe.config import XMoEConfig
 from megatron_xmoe.ops.activation import Activation
-from megatron_xmoe.ops.grouped_gemm import Groups, multiply, weight_gradient, why_not_grouped_mm
+from megatron_xmoe.ops.grouped_gemm import Groups, backend_for
+from megatron_xmoe.ops.grouped_mlp import ExpertWeights, grouped_mlp
+from megatron_xmoe.ops.rows import RowsSource
 
 
 class ExpertWeight(torch.nn.Module):
-    """One matrix of every local expert, [E, N, D], under the name of the linear layer it stands for."""
+    """One matrix of every local expert, [E, N, D], under the name of the linear layer it stands for, and its bias."""
 
     def __init__(self, shape: tuple[int, int, int], config: TransformerConfig, partition_dim: int):
         super().__init__()
@@ -33,6 +36,16 @@ class ExpertWeight(torch.nn.Module):
         )
         self.weight.allreduce = not sharded
         set_tensor_model_parallel_attributes(self.weight, is_parallel=True, dim=partition_dim, stride=1)
+        self.bias = None
+        if config.add_bias_linear:  # Megatron sees to it that no bias is shared
+            self.bias = Parameter(torch.zeros(shape[:2], dtype=config.params_dtype, device=device))
+            self.bias.allreduce = not sharded
+            if partition_dim == 1:
+                set_tensor_model_parallel_attributes(self.bias, is_parallel=True, dim=1, stride=1)
+
+    def forward(self) -> tuple[Tensor, Tensor | None]:
+        """The parameters. To be called: Megatron may still be gathering them, and waits for that in a hook."""
+        return self.weight, self.bias
 
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
         # checkpoints hold an empty extra state per expert, for Transformer Engine's sake
@@ -42,13 +55,12 @@ class ExpertWeight(torch.nn.Module):
 
 
 class XMoEGroupedMLP(MegatronModule):
-    """The experts of a rank as grouped matrix products: SwiGLU, GeGLU, GELU, squared ReLU; no biases.
+    """The experts of a rank as grouped matrix products: SwiGLU, GeGLU, GELU, squared ReLU, with and without biases.
 
     With expert tensor parallelism each rank has a share of the F columns of every expert, [E, 2F / etp, H] (its share
     of the gate, then of the other half) and [E, H, F / etp], and returns a partial sum of the outputs.
 
-    Saves its input rows and the pre-activation for backward, and the routing weights: 2Kd + 4Kn bytes a token in bf16
-    with gated experts, where d is the hidden size, n the experts' FFN size and K the number of experts per token.
+    Saves its input and the pre-activation for backward, and the routing weights: see ops.grouped_mlp.
 
     Checkpoints are those of Megatron's SequentialMLP and TEGroupedMLP: the same keys and shapes on disk.
     """
@@ -60,15 +72,18 @@ class XMoEGroupedMLP(MegatronModule):
         submodules: MLPSubmodules | None = None,
         pg_collection: ProcessGroupCollection | None = None,
         name: str | None = None,
+        xmoe: XMoEConfig | None = None,
     ):
-        """Args are those of SequentialMLP; `submodules` and `name` describe linear layers that do not exist here.
+        """Args are those of SequentialMLP (`submodules` and `name` describe linear layers that do not exist here), and
+        `xmoe`, the options of X-MoE (defaults if None).
 
         Raises:
-            ValueError: biases, or an FFN size that the expert-tensor-parallel ranks cannot share.
+            ValueError: an FFN size that the expert-tensor-parallel ranks cannot share.
         """
         super().__init__(config=config)
-        if config.add_bias_linear:
-            raise ValueError("grouped experts have no biases: use --disable-bias-linear")
+        self.xmoe = xmoe or XMoEConfig(moe_backend="xmoe")
+        fusion = {"auto": config.gradient_accumulation_fusion, "on": True, "off": False}
+        self.into_main_grad = fusion[self.xmoe.xmoe_gradient_accumulation_fusion]
         shards = pg_collection.expt_tp.size()
         if config.moe_ffn_hidden_size % shards:
             raise ValueError(
@@ -102,26 +117,40 @@ class XMoEGroupedMLP(MegatronModule):
                     init_method(matrix)
 
     def forward(
-        self, permuted_local_hidden_states: Tensor, tokens_per_expert: Tensor, permuted_probs: Tensor
+        self,
+        permuted_local_hidden_states: Tensor | RowsSource,
+        tokens_per_expert: Tensor,
+        permuted_probs: Tensor,
     ) -> tuple[Tensor, None]:
         """Apply the experts and the routing weights.
 
         Args:
-            permuted_local_hidden_states: rows [M, H], expert-major.
+            permuted_local_hidden_states: rows [M, H], expert-major; or where to take them from.
             tokens_per_expert: [E] int64 on the CPU; sums to M.
             permuted_probs: routing weights [M].
 
         Returns:
             [M, H], weighted, this rank's part of it where experts are sharded; and no bias.
         """
-        rows, probs = permuted_local_hidden_states, permuted_probs
+        source, probs = permuted_local_hidden_states, permuted_probs
+        if not isinstance(source, RowsSource):
+            source = RowsSource(source)
         if self.config.moe_apply_probs_on_input:
-            rows = (probs.unsqueeze(-1) * rows).to(rows.dtype)
+            rows = source.gathered()
+            source = RowsSource((probs.unsqueeze(-1) * rows).to(rows.dtype))
             probs = torch.ones_like(probs)
-        weights = self.linear_fc1.weight, self.linear_fc2.weight
-        groups = Groups.of(tokens_per_expert, rows.device)
-        grouped = rows.is_cuda and not why_not_grouped_mm(rows.dtype, (self.config.hidden_size, self.ffn))
-        return _GroupedMLP.apply(rows, probs, *weights, groups, self.activation, grouped), None
+        (weight1, bias1), (weight2, bias2) = self.linear_fc1(), self.linear_fc2()
+        output = grouped_mlp(
+            source,
+            probs,
+            ExpertWeights(weight1, weight2, bias1, bias2),
+            Groups.of(tokens_per_expert, probs.device),
+            self.activation,
+            backend_for(self.xmoe.xmoe_grouped_gemm, source.tensor, (self.config.hidden_size, self.ffn)),
+            self.xmoe.xmoe_recompute_activation,
+            self.into_main_grad,
+        )
+        return output, None
 
     def backward_dw(self) -> None:
         """Weight gradients are computed in the backward pass itself; nothing is delayed."""
@@ -146,13 +175,14 @@ class XMoEGroupedMLP(MegatronModule):
         for name, module in (("linear_fc1", self.linear_fc1), ("linear_fc2", self.linear_fc2)):
             halves = 2 if name == "linear_fc1" and self.config.gated_linear_unit else 1
             shard = (self.tp_group.rank(), self.tp_group.size(), 0 if name == "linear_fc1" else 1)
-            state[f"{prefix}{name}.weight"] = ShardedTensorFactory(
-                f"{prefix}experts.{name}.weight",
-                module.weight,
-                partial(_shards_of_experts, offsets=offsets, halves=halves, shard=shard),
-                partial(_stack_of_shards, halves=halves),
-                replica_id,
-            )
+            for parameter_name, parameter in module.named_parameters():
+                state[f"{prefix}{name}.{parameter_name}"] = ShardedTensorFactory(
+                    f"{prefix}experts.{name}.{parameter_name}",
+                    parameter,
+                    partial(_shards_of_experts, offsets=offsets, halves=halves, shard=shard),
+                    partial(_stack_of_shards, halves=halves),
+                    replica_id,
+                )
             for i, offset in enumerate(offsets):  # Megatron's own experts look for one each
                 state[f"{prefix}{name}._extra_state{i}"] = make_sharded_object_for_checkpoint(
                     None, f"{prefix}experts.{name}._extra_state", offset, (0, shard[0], replica_id[2])
@@ -162,15 +192,16 @@ class XMoEGroupedMLP(MegatronModule):
 
 @torch.no_grad()
 def _shards_of_experts(key: str, tensor: Tensor, replica_id, flattened_range, offsets, halves: int, shard):
-    """Shards of a stacked weight [E, N, D], or of a state of its optimizer.
+    """Shards of a stacked weight [E, N, D] or bias [E, N], or of a state of its optimizer.
 
     Args:
         offsets: leading axes of each expert.
         halves: 2 where the first half of N is a gate that is saved by itself.
-        shard: expert-tensor-parallel rank, their number, and the axis of an expert's matrix that they share.
+        shard: expert-tensor-parallel rank, their number, and the axis of an expert's matrix that they share (they
+            share no bias).
     """
     assert flattened_range is None, "stacked experts are not flattened"
-    rank, size, axis = shard
+    rank, size, axis = shard if tensor.dim() == 3 else (0, 1, 0)
     return [
         ShardedTensor.from_rank_offsets(
             key,
@@ -189,26 +220,3 @@ def _shards_of_experts(key: str, tensor: Tensor, replica_id, flattened_range, of
 def _stack_of_shards(parts: list[Tensor], halves: int) -> Tensor:
     """The stacked tensor [E, N, D] of loaded shards."""
     return torch.stack([torch.cat(parts[i : i + halves]) for i in range(0, len(parts), halves)])
-
-
-class _GroupedMLP(torch.autograd.Function):
-    """fc1, activation times routing weight, fc2. Keeps the rows and the pre-activation for backward."""
-
-    @staticmethod
-    def forward(ctx, rows, probs, weight1, weight2, groups, activation, grouped):
-        hidden = multiply(rows, weight1, groups, grouped)
-        ctx.save_for_backward(rows, probs, weight1, weight2, hidden)
-        ctx.groups, ctx.activation, ctx.grouped = groups, activation, grouped
-        return multiply(activation.forward(hidden, probs), weight2, groups, grouped)
-
-    @staticmethod
-    def backward(ctx, grad):
-        rows, probs, weight1, weight2, hidden = ctx.saved_tensors
-        groups, grouped = ctx.groups, ctx.grouped
-        grad = grad.contiguous()
-        grad_activated = multiply(grad, weight2.transpose(1, 2), groups, grouped)
-        grad_hidden, activated, grad_probs = ctx.activation.backward(hidden, probs, grad_activated)
-        grad_weight2 = weight_gradient(grad, activated, groups, grouped)
-        grad_weight1 = weight_gradient(grad_hidden, rows, groups, grouped)
-        grad_rows = multiply(grad_hidden, weight1.transpose(1, 2), groups, grouped)
-        return grad_rows, grad_probs, grad_weight1, grad_weight2, None, None, None

@@ -2,8 +2,8 @@
 
 import math
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy import ndarray
 
 from megatron_xmoe.profiling import EXCHANGES, STAGES
 
@@ -20,47 +20,46 @@ PAPERS_NAMES = ("gate", "dispatch buffer", "all-to-all", "experts", "all-to-all"
 """What the paper's table calls the STAGES."""
 
 
-def figures_of_layers(loads: Tensor, sums: dict[str, Tensor]) -> dict[str, Tensor]:
+def figures_of_layers(loads: ndarray, sums: dict[str, ndarray]) -> dict[str, ndarray]:
     """Figures [L] of L layers by name; NaN where there is nothing to divide by.
 
     Args:
         loads: [L, E] float64 routes that the router gave to each expert.
         sums: SUMS by name, [L] float64.
     """
-    experts, routed = loads.shape[1], loads.sum(dim=1)
-    shares = _divide(loads, routed.unsqueeze(1))
-    entropy = -torch.xlogy(shares, shares).sum(dim=1)
+    experts, routed = loads.shape[1], loads.sum(axis=1)
+    shares = _divide(loads, routed[:, None])
+    entropy = -(shares * np.log(np.where(shares > 0, shares, 1))).sum(axis=1)
     passes, exchanges = sums["passes"], sum(sums[stage] for stage in EXCHANGES)
     return {
-        "load-max": shares.amax(dim=1) * experts,
-        "load-entropy": entropy / math.log(experts) if experts > 1 else shares.sum(dim=1),
-        "idle-experts": _divide((loads == 0).sum(dim=1), torch.where(routed > 0, experts, 0)),
+        "load-max": shares.max(axis=1) * experts,
+        "load-entropy": entropy / math.log(experts) if experts > 1 else shares[:, 0],
+        "idle-experts": np.where(routed > 0, (loads == 0).mean(axis=1), math.nan),
         "drop-rate": 1 - _divide(sums["routes"], routed),
         "padding-avoided": _divide(sums["padding_rows"], sums["padding_rows"] + sums["routes"]),
         "padding-avoided-MiB": _divide(sums["padding_bytes"], passes) / MIB,
         "redundancy": 1 - _divide(sums["inter_rows"], sums["routes_remote"]),
         "inter-node-MiB": _divide(sums["inter_bytes"], passes) / MIB,
         "intra-node-MiB": _divide(sums["intra_bytes"], passes) / MIB,
-        "alltoall-ms": _divide(exchanges, torch.where(exchanges > 0, passes, 0)),
+        "alltoall-ms": _divide(exchanges, np.where(exchanges > 0, passes, 0)),
     }
 
 
-def overall_figures(loads: Tensor, sums: dict[str, Tensor]) -> dict[str, float]:
+def overall_figures(loads: ndarray, sums: dict[str, ndarray]) -> dict[str, float]:
     """One figure of each kind for all layers: of their sums, but balance is the mean over layers."""
     of_layers = figures_of_layers(loads, sums)
-    of_sums = figures_of_layers(
-        loads.sum(dim=0, keepdim=True), {k: v.sum(dim=0, keepdim=True) for k, v in sums.items()}
-    )
-    overall = {name: value.item() for name, value in of_sums.items()}
+    summed = {name: values.sum(keepdims=True) for name, values in sums.items()}
+    overall = {name: float(of[0]) for name, of in figures_of_layers(loads.sum(axis=0, keepdims=True), summed).items()}
+    with_routes = loads.any(axis=1)
     for name in ("load-max", "load-entropy", "idle-experts"):
-        overall[name] = of_layers[name].nanmean().item()
-    worst = of_layers["load-max"].nan_to_num(-1).max(dim=0)
-    return overall | {"load-max-of-worst-layer": worst.values.item(), "worst-layer": worst.indices.item() + 1.0}
+        overall[name] = float(of_layers[name][with_routes].mean()) if with_routes.any() else math.nan
+    worst = int(np.where(with_routes, of_layers["load-max"], -1).argmax())
+    return overall | {"load-max-of-worst-layer": float(of_layers["load-max"][worst]), "worst-layer": float(worst + 1)}
 
 
-def relative_loads(loads: Tensor) -> Tensor:
+def relative_loads(loads: ndarray) -> ndarray:
     """Routes of each expert [L, E] divided by the even share; zeros in layers without routes."""
-    return _divide(loads * loads.shape[1], loads.sum(dim=1, keepdim=True)).nan_to_num(0.0)
+    return np.nan_to_num(_divide(loads * loads.shape[1], loads.sum(axis=1, keepdims=True)))
 
 
 def console_text(figures: dict[str, float]) -> str:
@@ -81,10 +80,10 @@ def console_text(figures: dict[str, float]) -> str:
     return "".join(f" {part} |" for part in parts)
 
 
-def breakdown_of(sums: dict[str, Tensor]) -> dict[str, float]:
+def breakdown_of(sums: dict[str, ndarray]) -> dict[str, float]:
     """Milliseconds of each stage in a forward pass, mean over layers, ranks and micro-batches."""
-    passes = max(sums["passes"].sum().item(), 1.0)
-    return {stage: sums[stage].sum().item() / passes for stage in STAGES}
+    passes = max(float(sums["passes"].sum()), 1.0)
+    return {stage: float(sums[stage].sum()) / passes for stage in STAGES}
 
 
 def breakdown_table(breakdown: dict[str, float], first: int, last: int) -> str:
@@ -102,5 +101,5 @@ def breakdown_table(breakdown: dict[str, float], first: int, last: int) -> str:
     return "\n".join(lines)
 
 
-def _divide(dividend: Tensor, divisor: Tensor) -> Tensor:
-    return dividend.double() / torch.where(divisor > 0, divisor, math.nan)
+def _divide(dividend: ndarray, divisor: ndarray) -> ndarray:
+    return dividend / np.where(divisor > 0, divisor, math.nan)

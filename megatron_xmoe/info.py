@@ -16,6 +16,7 @@ def main() -> None:
         ("devices", devices),
         ("compiled kernels (megatron_xmoe._C)", build),
         ("kernels for routing and row movement", kernels),
+        ("matrix products of the experts (bf16)", products),
     ):
         print(title)
         for name, text in section():
@@ -85,6 +86,22 @@ def kernels() -> list[tuple[str, str]]:
             found.append((f"{device_type}: chosen", f"{choice.name}{'' if pinned == 'auto' else ', pinned'}"))
         except ValueError as error:
             found.append((f"{device_type}: chosen", f"none: {error}"))
+    return found
+
+
+def products() -> list[tuple[str, str]]:
+    """Per kind of device every backend of the experts' matrix products, usable or why not, and what "auto" takes."""
+    if not _optional.probe("torch").usable:
+        return [("none", "torch cannot be imported")]
+    torch = importlib.import_module("torch")
+    grouped_gemm = importlib.import_module("megatron_xmoe.kernels.grouped_gemm")
+    found = []
+    for device_type in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
+        for candidate in grouped_gemm.grouped_gemm_candidates(device_type, torch.bfloat16):
+            state = "usable" if candidate.usable else "not usable"
+            found.append((f"{candidate.name} on {device_type}", f"{state}: {candidate.reason}"))
+        choice = grouped_gemm.choose_grouped_gemm("auto", device_type, torch.bfloat16)
+        found.append((f"auto on {device_type}", choice.name))
     return found
 
 

@@ -8,9 +8,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core.transformer.moe.moe_logging import MoEMetricsTracker, set_moe_metrics_tracker
+from numpy import ndarray
 from torch import Tensor
 
 from megatron_xmoe import figures
@@ -214,7 +216,7 @@ class XMoETracker(MoEMetricsTracker):
         loads, sums, extremes = self._reduce()
         if dist.get_rank() != dist.get_world_size() - 1:
             return ""
-        overall = figures.overall_figures(loads, sums) | {name: of[-1].item() for name, of in extremes.items()}
+        overall = figures.overall_figures(loads, sums) | {name: float(of[-1]) for name, of in extremes.items()}
         scalars, text = {}, ""
         if self.level != "off":
             scalars |= {f"xmoe/{name}": value for name, value in overall.items()}
@@ -225,7 +227,8 @@ class XMoETracker(MoEMetricsTracker):
                 tags = (f"xmoe-{name}/layer-{number:03d}" for number in range(1, self.num_layers + 1))
                 scalars |= dict(zip(tags, values.tolist(), strict=True))
             if writer is not None:
-                writer.add_tensor("xmoe-expert-load", figures.relative_loads(loads).float(), iteration)
+                heat = torch.from_numpy(figures.relative_loads(loads).astype(np.float32))
+                writer.add_tensor("xmoe-expert-load", heat, iteration)
         if self.breakdown:
             breakdown = figures.breakdown_of(sums)
             scalars |= {f"xmoe-breakdown/{stage}-ms": value for stage, value in breakdown.items()}
@@ -233,46 +236,45 @@ class XMoETracker(MoEMetricsTracker):
         _write({tag: value for tag, value in scalars.items() if not math.isnan(value)}, iteration, writer, wandb_writer)
         return text
 
-    def _reduce(self) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
+    def _reduce(self) -> tuple[ndarray, dict[str, ndarray], dict[str, ndarray]]:
         """Since the last report, over all ranks: loads [L, E], SUMS by name [L], and extremes of ranks [L + 1]."""
-        spent = self._clock.read()
-        times = [[spent.get((layer, stage), 0.0) for stage in STAGES] for layer in range(1, self.num_layers + 1)]
-        mine = torch.cat([torch.tensor(part, dtype=torch.float64) for part in (self._traffic, times)], dim=1)
+        spent, layers = self._clock.read(), range(1, self.num_layers + 1)
+        times = [[spent.get((layer, stage), 0.0) for stage in STAGES] for layer in layers]
+        mine = np.concatenate([np.array(part, dtype=np.float64) for part in (self._traffic, times)], axis=1)
         device = self._loads.device
-        sums = torch.cat([self._loads.double(), mine.to(device)], dim=1)
-        extremes = self._extremes(dict(zip(SUMS, mine.unbind(dim=1), strict=True))).to(device)
+        sums = torch.cat([self._loads.double(), torch.from_numpy(mine).to(device)], dim=1)
+        extremes = torch.from_numpy(self._extremes(dict(zip(SUMS, mine.T, strict=True)))).to(device)
         dist.all_reduce(sums)
         dist.all_reduce(extremes, op=dist.ReduceOp.MAX)
         self._reset()
-        loads, *columns = sums.cpu().split([self.num_experts, *[1] * len(SUMS)], dim=1)
-        return loads, dict(zip(SUMS, (c.squeeze(1) for c in columns), strict=True)), _named_extremes(extremes.cpu())
+        loads, columns = np.split(sums.cpu().numpy(), [self.num_experts], axis=1)
+        return loads, dict(zip(SUMS, columns.T, strict=True)), _named_extremes(extremes.cpu().numpy())
 
-    def _extremes(self, mine: dict[str, Tensor]) -> Tensor:
+    def _extremes(self, mine: dict[str, ndarray]) -> ndarray:
         """[L + 1, 3] int64, to be maximised over ranks: all-to-all time a pass, its negative, bytes of memory.
 
         The last row is for all layers. Times are in ns and carry the rank in their low bits.
         """
         exchanges, passes = sum(mine[stage] for stage in EXCHANGES), mine["passes"]
-        exchanges, passes = (torch.cat([x, x.sum(dim=0, keepdim=True)]) for x in (exchanges, passes))
-        nanoseconds = (exchanges / passes.clamp_min(1) * 1e6).round().long()
-        timed = exchanges > 0
+        exchanges, passes = (np.append(x, x.sum()) for x in (exchanges, passes))
+        nanoseconds = np.rint(exchanges / np.maximum(passes, 1) * 1e6).astype(np.int64)
         peaks = self._memory.peaks if self._memory is not None else {}
         memory = [peaks.get(layer, 0) for layer in range(1, self.num_layers + 1)]
-        columns = [
-            torch.where(timed, (x << _RANK_BITS) + dist.get_rank(), _ABSENT) for x in (nanoseconds, -nanoseconds)
-        ]
-        return torch.stack([*columns, torch.tensor([*memory, max(memory)])], dim=1)
+        ranked = (
+            np.where(exchanges > 0, (x << _RANK_BITS) + dist.get_rank(), _ABSENT) for x in (nanoseconds, -nanoseconds)
+        )
+        return np.stack([*ranked, [*memory, max(memory)]], axis=1)
 
 
-def _named_extremes(extremes: Tensor) -> dict[str, Tensor]:
+def _named_extremes(extremes: ndarray) -> dict[str, ndarray]:
     """Figures [L + 1] by name, NaN where no rank had any; the last element is for all layers."""
     named = {}
     for name, sign, column in (("slowest", 1, extremes[:, 0]), ("fastest", -1, extremes[:, 1])):
-        absent = column == _ABSENT
-        named[f"alltoall-{name}-ms"] = (sign * (column >> _RANK_BITS) / 1e6).masked_fill(absent, math.nan)
-        named[f"alltoall-{name}-rank"] = (column % 2**_RANK_BITS).double().masked_fill(absent, math.nan)
+        there = column != _ABSENT
+        named[f"alltoall-{name}-ms"] = np.where(there, sign * (column >> _RANK_BITS) / 1e6, math.nan)
+        named[f"alltoall-{name}-rank"] = np.where(there, column % 2**_RANK_BITS, math.nan)
     memory = extremes[:, 2]
-    return named | {"memory-MiB": (memory / MIB).masked_fill(memory <= 0, math.nan)}
+    return named | {"memory-MiB": np.where(memory > 0, memory / MIB, math.nan)}
 
 
 def _write(scalars: dict[str, float], iteration: int, writer, wandb_writer) -> None:

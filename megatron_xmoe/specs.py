@@ -61,7 +61,7 @@ def substitutions(config: TransformerConfig, xmoe: XMoEConfig) -> dict[type, Any
         table[DotProductAttention] = SDPACoreAttention
     if xmoe.moe_backend == "xmoe":
         table[MoELayer] = partial(XMoELayer, xmoe=xmoe)
-        table[SequentialMLP] = XMoEGroupedMLP
+        table[SequentialMLP] = partial(XMoEGroupedMLP, xmoe=xmoe)
     return table
 
 

@@ -11,6 +11,7 @@ TESTS = Path(__file__).resolve().parent
 sys.path.insert(0, str(TESTS.parent))  # works without an installation, too
 
 import harness  # noqa: E402
+from interpreter import interpreted  # noqa: E402, F401  (a fixture)
 
 torch.set_num_threads(1)
 harness.install_platform()

@@ -39,6 +39,9 @@ class Case:
     stock: str | None = None
     """Options for stock Megatron, where they are not the same."""
 
+    loaded: bool = False
+    """Both start from weights that stock Megatron saved: where their options differ, so does initialisation."""
+
     oracle: bool = False
     """Stock Megatron drops by tests/recorder.py's loop, because its own choice among equals is arbitrary."""
 
@@ -53,6 +56,9 @@ LAYOUTS = {
         "--tensor-model-parallel-size 2 --sequence-parallel --expert-tensor-parallel-size 2 "
         "--expert-model-parallel-size 2",
     ),
+    "TP2": (2, "--tensor-model-parallel-size 2 --expert-tensor-parallel-size 1"),
+    "TP2 EP2": (2, "--tensor-model-parallel-size 2 --expert-model-parallel-size 2 --expert-tensor-parallel-size 1"),
+    "TP2 whole sequence ETP2": (2, "--tensor-model-parallel-size 2 --expert-tensor-parallel-size 2"),
     "PP2": (2, "--pipeline-model-parallel-size 2"),
 }
 
@@ -119,6 +125,15 @@ CASES = {
         "--moe-shared-expert-intermediate-size 16 --moe-router-score-function sigmoid --moe-router-enable-expert-bias"
     ),
     "recomputed experts by the old option": Case(f"{AUX} --moe-layer-recompute", slow=True),
+    "recomputed pre-activation": Case(
+        f"{AUX} --xmoe-recompute-activation --recompute-granularity selective --recompute-modules core_attn",
+        stock=AUX,
+    ),
+    "gradients added by the products": Case(
+        f"{AUX} --no-gradient-accumulation-fusion --xmoe-gradient-accumulation-fusion on --overlap-grad-reduce",
+        stock=AUX,
+    ),
+    "gradients added by the hooks": Case(f"{AUX} --xmoe-gradient-accumulation-fusion off", stock=AUX, slow=True),
     "recomputed modules": Case(
         f"{AUX} --recompute-granularity selective --recompute-modules core_attn mlp shared_experts "
         "--moe-shared-expert-intermediate-size 16 --moe-layer-freq [0,1]"
@@ -136,6 +151,32 @@ CASES = {
         f"{AUX} --mtp-num-layers 1 --pipeline-model-parallel-layout Ett|mL", ("PP2",), slow=True
     ),
     "tensor-parallel experts": Case(f"{AUX} --moe-z-loss-coeff 1e-2", ("TP2 ETP2", "TP2 EP2 ETP2")),
+    # stock Megatron trains with tensor parallelism only where the sequence is sharded everywhere
+    "sharded sequence": Case(
+        f"{AUX} --moe-z-loss-coeff 1e-2 --xmoe-sequence-shard on",
+        ("TP2",),
+        loaded=True,
+        stock=f"{AUX} --moe-z-loss-coeff 1e-2 --sequence-parallel",
+    ),
+    "sharded sequence by default": Case(
+        f"{AUX} --moe-shared-expert-intermediate-size 16 --moe-shared-expert-gate",
+        ("TP2 EP2",),
+        loaded=True,
+        stock=f"{AUX} --moe-shared-expert-intermediate-size 16 --moe-shared-expert-gate --sequence-parallel",
+    ),
+    "duplicated sequence": Case(
+        f"{AUX} --moe-z-loss-coeff 1e-2 --xmoe-sequence-shard off",
+        ("TP2 EP2",),
+        loaded=True,
+        stock=f"{AUX} --moe-z-loss-coeff 1e-2 --sequence-parallel",
+    ),
+    "duplicated sequence, tensor-parallel experts": Case(
+        f"{AUX} --xmoe-sequence-shard off",
+        ("TP2 whole sequence ETP2",),
+        slow=True,
+        loaded=True,
+        stock=f"{AUX} --sequence-parallel",
+    ),
     "capacity by weight": Case(
         f"{AUX} {NO_TIES} --moe-expert-capacity-factor 1.0 --moe-token-drop-policy probs",
         ("one process", "EP2", "TP2 ETP2"),

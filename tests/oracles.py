@@ -77,6 +77,35 @@ def swiglu(x: Tensor, fc1: Tensor, fc2: Tensor) -> Tensor:
     return fc2 @ (F.silu(gate) * up)
 
 
+def grouped_mlp(
+    x: Tensor,
+    probs: Tensor,
+    fc1: Tensor,
+    fc2: Tensor,
+    *biases: Tensor,
+    index: Sequence[int],
+    experts: Sequence[int],
+    function: Callable[[Tensor], Tensor],
+    gated: bool,
+) -> Tensor:
+    """Row m: expert `experts[m]` applied to x[index[m]], times probs[m], its second bias too.
+
+    Args:
+        x: [R, H]. probs: [M]. fc1: [E, 2F, H] (gate, then up) if gated, else [E, F, H]. fc2: [E, H, F].
+        biases: none, or [E, 2F] (or [E, F]) and [E, H].
+    """
+    rows = []
+    for m, (i, e) in enumerate(zip(index, experts, strict=True)):
+        hidden = fc1[e] @ x[i] + (biases[0][e] if biases else 0)
+        if gated:
+            gate, up = hidden.chunk(2)
+            activated = function(gate) * up
+        else:
+            activated = function(hidden)
+        rows.append(probs[m] * (fc2[e] @ activated + (biases[1][e] if biases else 0)))
+    return _stack(rows, x)
+
+
 def router(hidden_states: Tensor, weight: Tensor, topk: int, pre_softmax: bool) -> tuple[Tensor, Tensor]:
     """Softmax top-k routing: probs [T, E], 0 where not chosen, and the map [T, E], from tokens [T, H], weight [E, H].
 

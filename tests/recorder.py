@@ -26,6 +26,10 @@ class Record:
     """Parameters before and after the first step that was not skipped, by names that both backends share: 'name on
     disk @ place' -> this rank's part; of 16-bit models the optimizer's fp32 copies, by Megatron's module names."""
 
+    gradients: dict[str, torch.Tensor] = field(default_factory=dict)
+    """Of the first iteration of an fp32 model, as its optimizer got them, by the names of `parameters`; none with the
+    distributed optimizer, of which every rank has a part."""
+
 
 def install(directory: Path, rank: int) -> None:
     """Record every training step of this process in `directory`/RANK.pt.
@@ -33,7 +37,7 @@ def install(directory: Path, rank: int) -> None:
     With the environment variable DROP_EARLIEST, stock Megatron's router drops by the loop below.
     """
     from megatron.core.transformer.moe import router
-    from megatron.training import training
+    from megatron.training import get_args, training
 
     if os.environ.get("DROP_EARLIEST"):
         router.apply_router_token_dropping = drop_by_position
@@ -46,6 +50,8 @@ def install(directory: Path, rank: int) -> None:
         record.losses.append({name: float(loss) for name, loss in result[0].items()})
         record.skipped.append(bool(result[1]))
         record.grad_norms.append(float(result[5]) if result[5] is not None else float("nan"))
+        if len(record.losses) == 1 and not fp32_copies(model) and not get_args().use_distributed_optimizer:
+            record.gradients = gradients(model)
         if len(record.parameters) == 1 and not record.skipped[-1]:
             record.parameters.append(fp32_copies(model) or parameters(model))
         torch.save(record, directory / f"{rank}.pt")
@@ -87,6 +93,17 @@ def parameters(model: list[torch.nn.Module]) -> dict[str, torch.Tensor]:
         for entry in nested_values(state)
         if isinstance(entry, ShardedTensor)
     }
+
+
+def gradients(model: list[torch.nn.Module]) -> dict[str, torch.Tensor]:
+    """This rank's gradients under the names of `parameters`."""
+    own = {parameter: parameter.data for chunk in model for parameter in chunk.parameters()}
+    for parameter in own:
+        parameter.data = parameter.main_grad.to(parameter.dtype)
+    found = parameters(model)
+    for parameter, data in own.items():
+        parameter.data = data
+    return {name: tensor for name, tensor in found.items() if "expert_bias" not in name}
 
 
 def fp32_copies(model: list[torch.nn.Module]) -> dict[str, torch.Tensor]:

@@ -28,9 +28,11 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from command_line import OneLineErrorParser, UserError, finished_files, positive_number, run_tool
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works without an installation, too
+TOOLS = Path(__file__).resolve().parent
+sys.path[:0] = [str(TOOLS), str(TOOLS.parent)]  # works without an installation, too
+
+from command_line import OneLineErrorParser, UserError, finished_files, positive_number, run_tool  # noqa: E402
 
 PROG = "tools/benchmark_dispatch.py"
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -147,7 +149,7 @@ def main(argv: list[str] | None = None) -> int:
     """Runs the benchmark; returns the exit code, 1 if something it checks does not hold."""
     args = parse(argv)
     start(args)
-    from dispatch_cases import Repeat
+    from dispatch_cases import Repeat, barrier
     from dispatch_report import measure
 
     args.repeat = Repeat(args.warm_up, args.iterations)
@@ -162,7 +164,7 @@ def main(argv: list[str] | None = None) -> int:
                    "emulated": args.emulate_nodes, "figures": records}  # fmt: skip
         with finished_files(args.json) as (unfinished,):
             Path(unfinished).write_text(json.dumps(content, indent=1) + "\n")
-    dist.barrier()
+    barrier(args.device)
     dist.destroy_process_group()
     return int(any(record["problems"] for record in records))
 

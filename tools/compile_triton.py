@@ -24,10 +24,12 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works without an installation, too
 
 from megatron_xmoe.kernels import triton_activation as activation  # noqa: E402
+from megatron_xmoe.kernels import triton_grouped_gemm as gemm  # noqa: E402
 from megatron_xmoe.kernels import triton_routes as routes  # noqa: E402
 from megatron_xmoe.kernels import triton_rows as rows  # noqa: E402
 
@@ -73,6 +75,8 @@ class Recorder:
             special = not parameter.do_not_specialize
             if parameter.is_constexpr or value is None or (special and isinstance(value, int) and value == 1):
                 signature[parameter.name], constants[parameter.name] = "constexpr", value
+            elif isinstance(value, TensorDescriptor):
+                signature[parameter.name] = f"tensordesc<{TYPE_NAMES[value.base.dtype]}{value.block_shape}>"
             elif isinstance(value, torch.Tensor):
                 signature[parameter.name] = f"*{TYPE_NAMES[value.dtype]}"
                 aligned += [number]
@@ -141,14 +145,34 @@ def activation_calls() -> None:
         activation.activate_backward(hidden, weights, grad, kind, gated)
 
 
-def launches(warp: int) -> list[Launch]:
-    """All forms of all kernels that the calls need on a device with warps of `warp` threads, each once."""
+def gemm_calls() -> None:
+    """Calls the experts' matrix products: with sizes for every way of moving tiles."""
+    for dtype, features, ffn in ((torch.bfloat16, 2048, 768), (torch.float16, 1001, 99), (torch.float32, 2048, 768)):
+        rows_, hidden = empty(4096, features, dtype=dtype), empty(4096, ffn, dtype=dtype)
+        weight, ends = empty(8, ffn, features, dtype=dtype), empty(8, dtype=torch.int32)
+        gemm.multiply(rows_, weight, ends)
+        gemm.multiply(rows_, weight, ends, empty(4096, dtype=torch.int32))
+        gemm.multiply(hidden, weight, ends, transposed=True)
+        gemm.multiply(hidden, weight, ends, empty(4096, dtype=torch.int32), transposed=True)
+        gemm.clear_empty(gemm.weight_gradient(hidden, rows_, ends), ends)
+        gemm.weight_gradient(hidden, rows_, ends, empty(8, ffn, features, dtype=torch.float32), accumulate=True)
+
+
+def launches(target: str) -> list[Launch]:
+    """All forms of all kernels that the calls need on a device of the named target, each once."""
     recorder = Recorder()
     run = lambda kernel, *args, **named: recorder.run(kernel, *args, **named)  # noqa: E731  (a method of JITFunction)
-    with mock.patch.object(JITFunction, "run", run), mock.patch.object(rows, "warp_size", lambda device: warp):
+    is_hip, warp = TARGETS[target].backend == "hip", TARGETS[target].warp_size
+    with (
+        mock.patch.object(JITFunction, "run", run),
+        mock.patch.object(torch.version, "hip", "some version" if is_hip else None),
+        mock.patch.object(rows, "warp_size", lambda device: warp),
+        mock.patch.object(gemm, "has_tma", lambda device: not is_hip),
+    ):
         row_calls()
         route_calls()
         activation_calls()
+        gemm_calls()
     return list(recorder.launches)
 
 
@@ -181,7 +205,7 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=2, help="compilations at a time (default 2)")
     args = parser.parse_args()
     start = time.monotonic()
-    tasks = [(launch, name) for name, target in TARGETS.items() for launch in launches(target.warp_size)]
+    tasks = [(launch, name) for name in TARGETS for launch in launches(name)]
     with ProcessPoolExecutor(args.jobs) as pool:
         problems = list(pool.map(compile_one, tasks, chunksize=8))
     compiled, failed = Counter(), Counter()

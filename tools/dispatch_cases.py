@@ -213,7 +213,7 @@ def timed(setting: Setting, calls: dict[str, Callable], repeat: Repeat) -> dict[
     found: dict[str, list[dict[str, float]]] = {name: [] for name in calls}
     for i in range(repeat.warm_up + repeat.iterations):
         for name, call in calls.items():
-            dist.barrier()
+            barrier(setting.device)
             times = call()
             synchronize(setting.device)
             if i >= repeat.warm_up:
@@ -261,6 +261,11 @@ def _waits() -> Iterator[list[str]]:
         torch.cuda.set_sync_debug_mode("warn")
         yield waits
         waits += [str(one.message) for one in caught if "synchronizing CUDA operation" in str(one.message)]
+
+
+def barrier(device: torch.device) -> None:
+    """Wait for all ranks."""
+    dist.barrier(device_ids=[device.index] if device.type == "cuda" else None)
 
 
 def synchronize(device: torch.device) -> None:

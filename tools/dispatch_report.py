@@ -119,6 +119,13 @@ def _tell_traffic(setting: Setting, record: dict, say: Callable) -> None:
             f"{f['metadata_bytes_a_route']:10.1f}{f['exchanges_forward']:7} + {f['exchanges_backward']}"
             f"{ms['dispatch']:11.3f}{ms['combine']:10.3f}{ms['both']:10.3f}{ms['backward']:10.3f}"
         )
+    plain, bypassing = (record[name] for name in DISPATCHERS)
+    if plain["inter_rows"]:
+        record["redundancy"] = {
+            kind: 1 - bypassing[rows] / plain[rows]
+            for kind, rows in (("predicted", "predicted_inter_rows"), ("counted", "inter_rows"))
+        }
+        say("rows between nodes saved: " + ", ".join(f"{v:.2%} {kind}" for kind, v in record["redundancy"].items()))
     _tell_ratio("dispatch and combine", *(record[name]["milliseconds"]["both"] for name in DISPATCHERS), say)
     say(f"{'stages, ms':32}" + "".join(f"{name:>10}" for name in DISPATCHERS))
     for stage in STAGES:

@@ -26,6 +26,11 @@ Each case named here is a command line in `{SHOWN_IN}`.
 `tests/integration/test_options_served.py` trains it with stock Megatron and with X-MoE, in one process and with the
 experts over two (some in other layouts): losses of ten iterations agree to 1e-5, the update of every parameter by a
 step of plain SGD to 1e-4.
+
+Experts have biases unless `--disable-bias-linear` is given, as Megatron means it
+(`tests/integration/test_experts_training.py`; stock experts without Transformer Engine do not train with biases).
+Where Megatron itself gives experts none, beside shared experts and with `--expert-tensor-parallel-size` above 1, the
+option is set, and the start-up block says so.
 """
 
 

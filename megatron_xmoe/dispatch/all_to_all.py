@@ -8,7 +8,7 @@ from megatron_xmoe.dispatch.base import PaddingFreeDispatcher
 from megatron_xmoe.dispatch.exchange import exchange_rows
 from megatron_xmoe.dispatch.state import AllToAllState
 from megatron_xmoe.metrics import flat_traffic, record_traffic, recording
-from megatron_xmoe.ops import gather_rows, gather_sum
+from megatron_xmoe.ops import RowsSource, gather_rows, gather_sum
 from megatron_xmoe.profiling import profiled
 
 
@@ -16,23 +16,34 @@ from megatron_xmoe.profiling import profiled
     dispatch_preprocess="permute",
     token_dispatch="dispatch",
     dispatch_postprocess="permute",
+    expert_rows="permute",
     combine_preprocess="unpermute",
     token_combine="combine",
     combine_postprocess="unpermute",
 )
 class AllToAllDispatcher(PaddingFreeDispatcher):
-    """Sends each routed row to the rank of its expert and sums the results per token. See PaddingFreeDispatcher."""
+    """Sends each routed row to the rank of its expert and sums the results per token. See PaddingFreeDispatcher.
+
+    Where all experts are on this rank, nothing is sent: the tokens themselves go through the stages, and the experts
+    take their rows from them.
+    """
+
+    @property
+    def all_experts_here(self) -> bool:
+        """Whether this rank has every expert, whole."""
+        return self.ep_size == 1 and self.tp_size == 1
 
     def dispatch_preprocess(
         self, hidden_states: Tensor, routing_map: Tensor, probs: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Put the rows to send in expert order and agree on their numbers.
 
-        Args: hidden_states [S, B, H]; routing_map [T, E] bool; probs [T, E]. Returns rows [N, H] and weights [N].
+        Args: hidden_states [S, B, H]; routing_map [T, E] bool; probs [T, E].
+
+        Returns:
+            rows [N, H], or the tokens [T, H] where nothing is sent; and weights [N].
         """
         routes = self.routes_of(routing_map, probs)
-        if self.shared_experts is not None:  # before the host has to wait for the numbers
-            self.shared_experts.pre_forward_comm(hidden_states)
         sent, received = self._exchange_counts(routes.tokens_per_expert)
         num_rows = int(sent.sum())
         if recording():
@@ -43,12 +54,14 @@ class AllToAllDispatcher(PaddingFreeDispatcher):
             token_ids=routes.token_ids[:num_rows],
             kept_per_expert=routes.tokens_per_expert,
             input_splits=sent.sum(dim=1).tolist(),
-            output_splits=received[self.tp_rank].sum(dim=1).tolist(),
+            output_splits=received[self.source].sum(dim=1).tolist(),
             probs_dtype=probs.dtype,
             **self.arrival_state(received, hidden_states.device),
         )
-        tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
-        return gather_rows(tokens, self.state.token_ids, routes.inverse), routes.combine_weights[:num_rows]
+        rows = hidden_states.reshape(-1, hidden_states.shape[-1])
+        if not self.all_experts_here:
+            rows = gather_rows(rows, self.state.token_ids, routes.inverse)
+        return rows, routes.combine_weights[:num_rows]
 
     def token_dispatch(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
         """Exchange rows [N, H] and weights [N]; returns what arrived, [M, H] and [M], by source rank."""
@@ -60,6 +73,13 @@ class AllToAllDispatcher(PaddingFreeDispatcher):
         # between the two exchanges: with one hardware queue it would otherwise wait for the second
         self.shared_experts.linear_fc1_forward_and_act(rows)
         return rows, self._exchange(probs, *splits)
+
+    def expert_rows(self, hidden_states: Tensor, probs: Tensor) -> tuple[RowsSource, Tensor, Tensor]:
+        """See PaddingFreeDispatcher; the rows of experts that are all here are taken from the tokens."""
+        if not self.all_experts_here:
+            return super().expert_rows(hidden_states, probs)
+        state = self.state
+        return RowsSource(hidden_states, state.token_ids, state.inverse), state.tokens_per_expert, probs
 
     def token_combine(self, hidden_states: Tensor) -> Tensor:
         """Return expert outputs [M, H] to the tokens' ranks: [N, H], in the order they were sent."""
@@ -75,7 +95,7 @@ class AllToAllDispatcher(PaddingFreeDispatcher):
     def combine_postprocess(self, hidden_states: Tensor) -> Tensor:
         """Sum the rows of each token (the experts applied the weights already): [N, H] to [S, B, H]."""
         state, self.state = self.state, None
-        return self.finished(gather_sum(hidden_states, state.inverse, token_ids=state.token_ids), state)
+        return gather_sum(hidden_states, state.inverse, token_ids=state.token_ids).view(state.hidden_shape)
 
     def _exchange(self, rows: Tensor, output_splits: list[int], input_splits: list[int]) -> Tensor:
         return exchange_rows(

@@ -4,7 +4,9 @@ import torch
 import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import (
+    copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
+    reduce_from_tensor_model_parallel_region,
     reduce_scatter_to_sequence_parallel_region,
 )
 from megatron.core.transformer.moe.token_dispatcher import MoETokenDispatcher
@@ -14,7 +16,7 @@ from torch import Tensor
 from megatron_xmoe.dispatch.capacity import expert_capacity
 from megatron_xmoe.dispatch.exchange import guards_by_default
 from megatron_xmoe.dispatch.state import DispatchState
-from megatron_xmoe.ops import Routes, build_routes_from_map, gather_rows, merge_order
+from megatron_xmoe.ops import Routes, RowsSource, build_routes_from_map, gather_rows, merge_order
 from megatron_xmoe.parallel_state import NodeTopology
 
 
@@ -26,8 +28,9 @@ class PaddingFreeDispatcher(MoETokenDispatcher):
     A pass has one host synchronisation, for the split sizes of the exchanges.
 
     Where experts are sharded over expert-tensor-parallel ranks, these first gather each other's rows, and their partial
-    results are summed and scattered back. Megatron's shared experts can be computed during the exchanges
-    (`set_shared_experts`).
+    results are summed and scattered back. Where these ranks hold the same tokens, each has all rows already, and the
+    partial results are only summed. Megatron's shared experts can be computed during the exchanges
+    (`set_shared_experts`); the layer begins and ends them.
     """
 
     def __init__(
@@ -53,7 +56,18 @@ class PaddingFreeDispatcher(MoETokenDispatcher):
         self.guard = guards_by_default() if guard is None else guard
         self.topology = topology
         self.layer_number: int | None = None  # in the model, from 1; the layer sets it
+        self.copied_to_shards = False  # expert-tensor-parallel ranks hold the same tokens; the layer sets it
         self.state: DispatchState | None = None
+
+    @property
+    def sources(self) -> int:
+        """Expert-tensor-parallel ranks whose rows an expert gathers, ETP; 1 where all hold the same."""
+        return 1 if self.copied_to_shards else self.tp_size
+
+    @property
+    def source(self) -> int:
+        """This rank's place among them."""
+        return 0 if self.copied_to_shards else self.tp_rank
 
     def capacity_of(self, num_tokens: int) -> int | None:
         """Most routes of an expert among a rank's tokens; None keeps all."""
@@ -78,8 +92,8 @@ class PaddingFreeDispatcher(MoETokenDispatcher):
 
     def of_tensor_ranks(self, received: Tensor) -> Tensor:
         """[ETP, G, E / G]: `received` [G, E / G], routes from each rank for each local expert, of each of the ETP
-        expert-tensor-parallel ranks."""
-        if self.tp_size == 1:
+        `sources`."""
+        if self.sources == 1:
             return received.unsqueeze(0)
         everywhere = received.new_empty(self.tp_size * received.shape[0], received.shape[1])
         dist.all_gather_into_tensor(everywhere, received.contiguous(), group=self.tp_group)
@@ -105,31 +119,39 @@ class PaddingFreeDispatcher(MoETokenDispatcher):
 
     def dispatch_postprocess(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Returns rows [M, H] in expert order, rows of each local expert [E / G] (on the CPU) and weights [M]."""
-        if self.tp_size > 1:
+        source, tokens_per_expert, probs = self.expert_rows(hidden_states, probs)
+        return source.gathered(), tokens_per_expert, probs
+
+    def expert_rows(self, hidden_states: Tensor, probs: Tensor) -> tuple[RowsSource, Tensor, Tensor]:
+        """`dispatch_postprocess` for experts that gather their rows themselves, and need not keep them for backward."""
+        if self.sources > 1:
             hidden_states, probs = (self._gather(hidden_states), self._gather(probs))
+        elif self.tp_size > 1:  # each rank's gradient is that of its share of the experts
+            hidden_states, probs = (
+                copy_to_tensor_model_parallel_region(x, group=self.tp_group) for x in (hidden_states, probs)
+            )
         order, inverse = self.state.expert_order, self.state.arrival_order
+        source = RowsSource(hidden_states)
         if order is not None:
-            hidden_states = gather_rows(hidden_states, order, inverse.unsqueeze(1))
+            source = RowsSource(hidden_states, order, inverse.unsqueeze(1))
             probs = gather_rows(probs.unsqueeze(1), order, inverse.unsqueeze(1)).squeeze(1)
-        return hidden_states, self.state.tokens_per_expert, probs
+        return source, self.state.tokens_per_expert, probs
 
     def combine_preprocess(self, hidden_states: Tensor) -> Tensor:
         """Put expert outputs [M, H] back into the order of arrival, summed over expert-tensor-parallel ranks."""
         state = self.state
         if state.expert_order is not None:
             hidden_states = gather_rows(hidden_states, state.arrival_order, state.expert_order.unsqueeze(1))
-        if self.tp_size > 1:  # summed in the router's precision, as Megatron does
-            hidden_states = reduce_scatter_to_sequence_parallel_region(
-                hidden_states.to(state.probs_dtype), group=self.tp_group, input_split_sizes=state.tensor_splits
-            ).to(hidden_states.dtype)
-        return hidden_states
-
-    def finished(self, output: Tensor, state: DispatchState) -> Tensor:
-        """The layer's output [S, B, H] from sums over routes [T, H], with the shared experts' where these overlap."""
-        output = output.view(state.hidden_shape)
-        if self.shared_experts is not None:
-            output = output + self.shared_experts.get_output()
-        return output
+        if self.tp_size == 1:
+            return hidden_states
+        precise = hidden_states.to(state.probs_dtype)  # summed in the router's precision, as Megatron does
+        if self.sources > 1:
+            total = reduce_scatter_to_sequence_parallel_region(
+                precise, group=self.tp_group, input_split_sizes=state.tensor_splits
+            )
+        else:
+            total = reduce_from_tensor_model_parallel_region(precise, group=self.tp_group)
+        return total.to(hidden_states.dtype)
 
     def _gather(self, rows: Tensor) -> Tensor:
         """Rows of all expert-tensor-parallel ranks, by rank."""

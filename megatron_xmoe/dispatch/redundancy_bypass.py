@@ -86,8 +86,6 @@ class RedundancyBypassDispatcher(PaddingFreeDispatcher):
             self.places = Places.of(self.topology.node_of, self.topology.rank, tokens.device)
         salt = salt_of(self.layer_number, self.ep_rank) if self.pilot == "balanced" else None
         copies = choose_copies(routes, self.num_local_experts, self.places, salt)
-        if self.shared_experts is not None:  # before the host has to wait for the numbers
-            self.shared_experts.pre_forward_comm(hidden_states)
         sent, received, everywhere = self._exchange_counts(routes, copies)
         on_cpu = torch.cat([sent, received, everywhere]).cpu()  # the one host synchronisation of a pass
         counts = self._counts(on_cpu, tokens, probs.dtype)
@@ -102,7 +100,7 @@ class RedundancyBypassDispatcher(PaddingFreeDispatcher):
             number=copies.number.to(torch.int32),
             route_ranks=routes.expert_ids[:num_routes].to(torch.int64) // self.num_local_experts,
             slots=min(self.num_local_experts, routes.inverse.shape[1]),
-            arrival_order=self.tp_size > 1,
+            arrival_order=self.sources > 1,
         )
         of_tensor_ranks = on_cpu[2 * self.ep_size :, -self.num_local_experts :]
         self.state = BypassState(
@@ -112,7 +110,7 @@ class RedundancyBypassDispatcher(PaddingFreeDispatcher):
             plan=plan,
             copies=copies,
             **self.arrival_state(
-                of_tensor_ranks.reshape(self.tp_size, self.ep_size, -1), tokens.device, ordered=self.tp_size == 1
+                of_tensor_ranks.reshape(self.sources, self.ep_size, -1), tokens.device, ordered=self.sources == 1
             ),
         )
         return tokens, routes.combine_weights[:num_routes]
@@ -152,11 +150,11 @@ class RedundancyBypassDispatcher(PaddingFreeDispatcher):
     def combine_postprocess(self, hidden_states: Tensor) -> Tensor:
         """Sums [T, H] in the layer's shape [S, B, H]."""
         state, self.state = self.state, None
-        return self.finished(hidden_states, state)
+        return hidden_states.view(state.hidden_shape)
 
     def _exchange_counts(self, routes: Routes, copies: Copies) -> tuple[Tensor, Tensor, Tensor]:
         """On the device: what this rank tells each rank [G, 2R + L] (see Counts), what each rank tells it, and what
-        all its expert-tensor-parallel ranks are told [ETP * G, 2R + L]."""
+        its `sources` are told [ETP * G, 2R + L]."""
         table = copies.counts.flatten()
         mirrored = torch.cat([table, table.new_zeros(1)])[self.places.mirror].view_as(copies.counts)
         per_rank = routes.tokens_per_expert.view(self.ep_size, self.num_local_experts)

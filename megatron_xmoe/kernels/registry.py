@@ -1,7 +1,8 @@
 """Which implementation of routing and row movement is used: chosen once, by a written order, with a reason.
 
 Backends are modules with the functions of `kernels.reference`. `pin` (the training script's --xmoe-kernels) or the
-environment variable XMOE_KERNELS names one; otherwise the first of PREFERENCE that can run on the device is taken.
+environment variable XMOE_KERNELS names one; otherwise the first of PREFERENCE that can run on the device is taken,
+except for the operations in FASTER.
 """
 
 import os
@@ -16,6 +17,8 @@ from megatron_xmoe import _optional
 
 ENVIRONMENT = "XMOE_KERNELS"
 PREFERENCE = ("cpp", "triton", "reference")
+FASTER = {"sum_rows": "triton"}
+"""Operations that another backend does faster than the first on NVIDIA GPUs (one H200, docs/benchmarks.md)."""
 _MODULES = {
     "cpp": ("cpp",),
     "triton": ("triton_routes", "triton_rows"),
@@ -68,13 +71,15 @@ def choose_kernels(pinned: str, device_type: str) -> KernelChoice:
         if not candidate.usable:
             others = ", ".join(c.name for c in found if c.usable)
             raise ValueError(
-                f"--xmoe-kernels (or {ENVIRONMENT}) {pinned} cannot run on {_spoken(device_type)}: {candidate.reason}. "
+                f"--xmoe-kernels (or {ENVIRONMENT}) {pinned} cannot run on {spoken(device_type)}: {candidate.reason}. "
                 f"Fix: leave it out, or use one of: {others}"
             )
         return KernelChoice(pinned, f"pinned; {candidate.reason}")
     taken = next(c for c in found if c.usable)
     passed = "; ".join(f"{c.name}: {c.reason}" for c in found[: found.index(taken)])
-    return KernelChoice(taken.name, f"{taken.reason}{f' (not {passed})' if passed else ''}")
+    elsewhere = _faster_elsewhere(pinned, device_type) if taken.name == "cpp" else []
+    but = "".join(f"; {operation} by {FASTER[operation]}, which is faster" for operation in elsewhere)
+    return KernelChoice(taken.name, f"{taken.reason}{f' (not {passed})' if passed else ''}{but}")
 
 
 def kernels_in_use() -> KernelChoice:
@@ -97,7 +102,17 @@ def kernel(operation: str, device_type: str) -> Callable:
 
 @cache
 def _kernel(operation: str, device_type: str, pinned: str) -> Callable:
-    return implementation(choose_kernels(pinned, device_type).name, operation)
+    name = choose_kernels(pinned, device_type).name
+    if name == "cpp" and operation in _faster_elsewhere(pinned, device_type):
+        name = FASTER[operation]
+    return implementation(name, operation)
+
+
+def _faster_elsewhere(pinned: str, device_type: str) -> list[str]:
+    """The operations of FASTER, where it counts: nobody pinned a backend, and the other one runs on this device."""
+    if pinned != "auto" or device_type != "cuda" or torch.version.hip is not None:
+        return []
+    return [operation for operation, name in FASTER.items() if _candidate(name, device_type).usable]
 
 
 def triton_is_usable(device_type: str) -> bool:
@@ -134,5 +149,6 @@ def _check(name: str) -> None:
         )
 
 
-def _spoken(device_type: str) -> str:
+def spoken(device_type: str) -> str:
+    """A kind of device in an error message."""
     return "a GPU" if device_type == "cuda" else f"a {device_type.upper()}"

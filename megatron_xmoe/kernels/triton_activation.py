@@ -12,7 +12,7 @@ ROWS, COLUMNS = 4, 256  # of a program's tile; a warp moves 16 bytes a lane of o
 
 
 @triton.jit
-def _function(x, KIND: tl.constexpr):
+def activation(x, KIND: tl.constexpr):
     """The activation function of x (fp32) and its derivative."""
     if KIND == 0:  # x * sigmoid(x)
         sigmoid = 1 / (1 + tl.exp(-x))
@@ -43,7 +43,7 @@ def forward_kernel(
         columns = first + tl.arange(0, COLUMNS)
         mask = there[:, None] & (columns < F)[None, :]
         source = hidden + rows[:, None] * width + columns[None, :]
-        value, _ = _function(tl.load(source, mask=mask, other=0).to(tl.float32), KIND)
+        value, _ = activation(tl.load(source, mask=mask, other=0).to(tl.float32), KIND)
         if GATED:
             value *= tl.load(source + F, mask=mask, other=0).to(tl.float32)
         result = (value * weight[:, None]).to(out.dtype.element_ty)
@@ -65,7 +65,7 @@ def backward_kernel(
         columns = first + tl.arange(0, COLUMNS)
         mask = there[:, None] & (columns < F)[None, :]
         places = rows[:, None] * width + columns[None, :]
-        value, slope = _function(tl.load(hidden + places, mask=mask, other=0).to(tl.float32), KIND)
+        value, slope = activation(tl.load(hidden + places, mask=mask, other=0).to(tl.float32), KIND)
         target = grad + rows[:, None] * F + columns[None, :]
         given = tl.load(target, mask=mask, other=0).to(tl.float32)
         scaled = given * weight[:, None]

@@ -4,6 +4,6 @@ Under torch.compile they break the graph where they choose their kernels; the op
 """
 
 from megatron_xmoe.ops.routes import Routes, build_routes, build_routes_from_map, merge_order
-from megatron_xmoe.ops.rows import gather_rows, gather_sum
+from megatron_xmoe.ops.rows import RowsSource, gather_rows, gather_sum
 
-__all__ = ["Routes", "build_routes", "build_routes_from_map", "gather_rows", "gather_sum", "merge_order"]
+__all__ = ["Routes", "RowsSource", "build_routes", "build_routes_from_map", "gather_rows", "gather_sum", "merge_order"]

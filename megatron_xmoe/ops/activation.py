@@ -33,7 +33,7 @@ class Activation:
         if self._fuses(hidden):
             from megatron_xmoe.kernels import triton_activation
 
-            return triton_activation.activate(hidden.contiguous(), weights.contiguous(), self._kind(), self.gated)
+            return triton_activation.activate(hidden.contiguous(), weights.contiguous(), self.kind, self.gated)
         with torch.no_grad():
             return self._by_torch(hidden, weights)
 
@@ -47,7 +47,7 @@ class Activation:
             from megatron_xmoe.kernels import triton_activation
 
             grad_hidden, result, grad_weights = triton_activation.activate_backward(
-                hidden.contiguous(), weights.contiguous(), grad.contiguous(), self._kind(), self.gated
+                hidden.contiguous(), weights.contiguous(), grad.contiguous(), self.kind, self.gated
             )
             return grad_hidden, result, grad_weights.to(weights.dtype)
         with torch.enable_grad():
@@ -67,12 +67,17 @@ class Activation:
             value = self.function(wide)
         return (value * weights.to(wide.dtype).unsqueeze(-1)).to(hidden.dtype)
 
-    def _kind(self) -> str | None:
-        """The kernels' name of the function; Megatron's squared_relu is known by its name, which only it has."""
+    @property
+    def kind(self) -> str | None:
+        """The kernels' name of it, None where they cannot compute it.
+
+        Megatron's squared_relu is known by its name, which only it has.
+        """
+        if self.limit is not None or self.offset:
+            return None
         named = "squared_relu" if getattr(self.function, "__name__", "") == "squared_relu" else None
         return _FUSED.get(self.function, named)
 
     def _fuses(self, hidden: Tensor) -> bool:
         """Whether there is a kernel for it, here."""
-        plain = self._kind() is not None and self.limit is None and not self.offset
-        return plain and hidden.is_cuda and hidden.dtype != torch.float64 and triton_is_usable("cuda")
+        return self.kind is not None and hidden.is_cuda and hidden.dtype != torch.float64 and triton_is_usable("cuda")

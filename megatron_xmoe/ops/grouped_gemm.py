@@ -1,70 +1,184 @@
-"""The experts' matrix products over an expert-major, padding-free buffer.
+"""The experts' matrix products over an expert-major, padding-free buffer, behind one interface for all backends.
 
-Letters: M rows, E experts, D features in, N features out. Rows of an expert are contiguous; `ends` [E] int32 holds the
-row after each expert's last, on the rows' device, and `sizes` the same as a list of row counts.
+Letters: M rows in expert order, R rows of the source, E experts, D features in, N features out, F FFN size. Rows of an
+expert are contiguous. `index` [M] int32 names the source row of each row, where the rows are not in order themselves.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache, cached_property
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from megatron_xmoe.kernels.grouped_gemm import choose_grouped_gemm
+from megatron_xmoe.kernels.registry import kernel
 
 
 @dataclass(frozen=True)
 class Groups:
     """Which rows belong to which expert."""
 
-    sizes: list[int]
-    """Rows of each expert; zeros are allowed."""
+    counts: Tensor
+    """[E] rows of each expert, on the CPU or the rows' device; zeros are allowed."""
 
     ends: Tensor
-    """[E] int32, cumulative sizes, on the rows' device."""
+    """[E] int32, cumulative counts, on the rows' device."""
 
     @classmethod
     def of(cls, tokens_per_expert: Tensor, device: torch.device) -> "Groups":
-        """From row counts [E] on the CPU."""
+        """From row counts [E], on the CPU or on `device`."""
         ends = tokens_per_expert.cumsum(0).to(torch.int32)
-        return cls(tokens_per_expert.tolist(), ends.to(device, non_blocking=True))
+        return cls(tokens_per_expert, ends.to(device, non_blocking=True))
+
+    @cached_property
+    def sizes(self) -> list[int]:
+        """The counts on the host, which waits for them where they are not there."""
+        return self.counts.tolist()
+
+    def experts_of_rows(self, num_rows: int) -> Tensor:
+        """[M] int32: the expert of each row. Args: num_rows, M."""
+        positions = torch.arange(num_rows, device=self.ends.device, dtype=self.ends.dtype)
+        return torch.searchsorted(self.ends, positions, right=True, out_int32=True)
 
 
-def why_not_grouped_mm(dtype: torch.dtype, features: Iterable[int]) -> str:
-    """Why torch's grouped_mm (CUTLASS) cannot be used on the current device, or '' if it can.
+class GroupedGemm:
+    """A backend of the products.
 
-    It takes bf16 on NVIDIA GPUs of compute capability 9 and above, with 16-byte aligned rows.
-
-    Args: dtype of rows and weights; feature sizes of the weights.
+    Nothing here is differentiable; ops.grouped_mlp is made of these.
     """
-    if not torch.cuda.is_available():
-        return "no GPU"
-    if not hasattr(F, "grouped_mm"):
-        return f"not in torch {torch.__version__}"
-    if torch.version.hip is not None:
-        return "not tried on ROCm"
-    if torch.cuda.get_device_capability() < (9, 0):
-        return "compute capability below 9.0"
-    if dtype != torch.bfloat16:
-        return f"{dtype} instead of bfloat16"
-    unaligned = [size for size in features if size % 8]
-    return f"feature size {unaligned[0]}, no multiple of 8" if unaligned else ""
+
+    gathers = False
+    """Whether `multiply` gathers the rows itself, without a copy of them."""
+
+    def multiply_add(
+        self, rows: Tensor, weight: Tensor, bias: Tensor, groups: Groups, index: Tensor | None = None
+    ) -> Tensor:
+        """`multiply` plus the bias [E, N] of each row's expert; here added to rounded products, as Megatron does."""
+        result = self.multiply(rows, weight, groups, index)
+        result += bias.index_select(0, groups.experts_of_rows(result.shape[0]))
+        return result
+
+    def multiply(
+        self, rows: Tensor, weight: Tensor, groups: Groups, index: Tensor | None = None, transposed: bool = False
+    ) -> Tensor:
+        """Each row times its expert's weight.
+
+        Args:
+            rows: [M, D], or [R, D] with `index`.
+            weight: [E, N, D], one matrix as a linear layer has it; with `transposed` [E, D, N].
+
+        Returns:
+            [M, N] in rows' dtype.
+        """
+        raise NotImplementedError
+
+    def weight_gradient(self, grad: Tensor, rows: Tensor, groups: Groups, into: Tensor | None = None) -> Tensor:
+        """Gradient [E, N, D] of `weight` in `multiply`; zeros where there are no rows.
+
+        Args:
+            grad: [M, N]. rows: [M, D].
+            into: [E, N, D], of any floating dtype: the gradient is added to it, and it is the result.
+        """
+        raise NotImplementedError
 
 
-def multiply(rows: Tensor, weight: Tensor, groups: Groups, grouped: bool) -> Tensor:
-    """rows [M, D] times each expert's weight [E, N, D], transposed: [M, N] in rows' dtype."""
-    if grouped:
-        return F.grouped_mm(rows, weight.transpose(1, 2), offs=groups.ends)
-    parts = [part @ w.t() for part, w in zip(rows.split(groups.sizes), weight, strict=True)]
-    return torch.cat(parts) if parts else rows.new_empty(0, weight.shape[1])
+class Loop(GroupedGemm):
+    """A product per expert."""
+
+    def multiply(self, rows, weight, groups, index=None, transposed=False):
+        rows, matrices = _gathered(rows, index), weight if transposed else weight.transpose(1, 2)
+        result = rows.new_empty(rows.shape[0], matrices.shape[2])
+        parts = zip(rows.split(groups.sizes), matrices, result.split(groups.sizes), strict=True)
+        for part, matrix, out in parts:
+            torch.mm(part, matrix, out=out)
+        return result
+
+    def multiply_add(self, rows, weight, bias, groups, index=None):
+        rows = _gathered(rows, index)
+        result = rows.new_empty(rows.shape[0], weight.shape[1])
+        parts = zip(rows.split(groups.sizes), weight, bias, result.split(groups.sizes), strict=True)
+        for part, matrix, one, out in parts:
+            torch.addmm(one, part, matrix.t(), out=out)
+        return result
+
+    def weight_gradient(self, grad, rows, groups, into=None):
+        result = grad.new_empty(len(groups.sizes), grad.shape[1], rows.shape[1]) if into is None else into
+        for part, inputs, out in zip(grad.split(groups.sizes), rows.split(groups.sizes), result, strict=True):
+            if into is None:
+                torch.mm(part.t(), inputs, out=out)
+            elif out.dtype == grad.dtype:
+                out.addmm_(part.t(), inputs)
+            elif grad.is_cuda:
+                out += torch.mm(part.t(), inputs, out_dtype=out.dtype)
+            else:  # which has no product with another type of result
+                out.addmm_(part.t().to(out.dtype), inputs.to(out.dtype))
+        return result
 
 
-def weight_gradient(grad: Tensor, rows: Tensor, groups: Groups, grouped: bool) -> Tensor:
-    """Gradient [E, N, D] of `weight` in `multiply`, from grad [M, N] and rows [M, D]; zeros where there are no rows."""
-    if grouped:
+class TorchGroupedMM(GroupedGemm):
+    """torch's grouped_mm. Its results are bf16, also where they are added to an fp32 tensor."""
+
+    def multiply(self, rows, weight, groups, index=None, transposed=False):
+        matrices = weight if transposed else weight.transpose(1, 2)
+        return F.grouped_mm(_gathered(rows, index), matrices, offs=groups.ends)
+
+    def weight_gradient(self, grad, rows, groups, into=None):
         result = F.grouped_mm(grad.t(), rows, offs=groups.ends)
         for expert, size in enumerate(groups.sizes):
             if size == 0:  # the kernel may leave the result of an empty group unwritten
                 result[expert].zero_()
-        return result
-    parts = zip(grad.split(groups.sizes), rows.split(groups.sizes), strict=True)
-    return torch.stack([g.t() @ x for g, x in parts])
+        return result if into is None else into.add_(result)
+
+
+class TritonGemm(GroupedGemm):
+    """Our Triton kernels."""
+
+    gathers = True
+
+    def __init__(self):
+        from megatron_xmoe.kernels import triton_grouped_gemm
+
+        self.kernels = triton_grouped_gemm
+
+    def multiply(self, rows, weight, groups, index=None, transposed=False):
+        return self.kernels.multiply(rows, weight, groups.ends, index, transposed)
+
+    def weight_gradient(self, grad, rows, groups, into=None):
+        return self.kernels.weight_gradient(grad, rows, groups.ends, into, accumulate=into is not None)
+
+
+class Mixed(TritonGemm):
+    """Our products of rows, and torch's weight gradients where these need not be added to an fp32 tensor."""
+
+    def weight_gradient(self, grad, rows, groups, into=None):
+        if into is not None:
+            return super().weight_gradient(grad, rows, groups, into)
+        result = F.grouped_mm(grad.t(), rows, offs=groups.ends)
+        return self.kernels.clear_empty(result, groups.ends)  # see TorchGroupedMM; this waits for no counts
+
+
+_CLASSES = {"loop": Loop, "torch": TorchGroupedMM, "triton": TritonGemm, "triton+torch": Mixed}
+
+
+def backend(name: str) -> GroupedGemm:
+    """The backend of a name, whether or not it can run here."""
+    return _CLASSES[name]()
+
+
+def backend_for(pinned: str, rows: Tensor, features: tuple[int, ...]) -> GroupedGemm:
+    """The backend that kernels.grouped_gemm chooses for rows like these and weights of these feature sizes.
+
+    Raises:
+        ValueError: `pinned` is unknown or cannot run here.
+    """
+    return _backend_for(pinned, rows.device.type, rows.dtype, features)
+
+
+@cache
+def _backend_for(pinned: str, device_type: str, dtype: torch.dtype, features: tuple[int, ...]) -> GroupedGemm:
+    return backend(choose_grouped_gemm(pinned, device_type, dtype, features).name)
+
+
+def _gathered(rows: Tensor, index: Tensor | None) -> Tensor:
+    return rows if index is None else kernel("gather_rows", rows.device.type)(rows.contiguous(), index.contiguous())

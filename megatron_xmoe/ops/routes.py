@@ -94,9 +94,7 @@ def build_routes_from_map(
         ValueError: shapes that differ, `topk` outside 1..E, and see build_routes.
     """
     if routing_map.dim() != 2 or routing_map.shape != probs.shape:
-        raise ValueError(
-            f"routing_map {tuple(routing_map.shape)} and probs {tuple(probs.shape)} must both be [T, E]"
-        )
+        raise ValueError(f"routing_map {tuple(routing_map.shape)} and probs {tuple(probs.shape)} must both be [T, E]")
     num_experts = routing_map.shape[1]
     if not 1 <= topk <= num_experts:
         raise ValueError(f"topk is {topk}; it must be between 1 and the number of experts, {num_experts}")

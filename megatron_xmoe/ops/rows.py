@@ -5,6 +5,8 @@ padding-free token buffers), the reordering after an exchange, and later pilots 
 atomics; a row's contributions are added in a fixed order in fp32.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -34,9 +36,7 @@ def gather_rows(x: Tensor, index: Tensor, inverse: Tensor | None = None) -> Tens
     return _GatherRows.apply(x, index, inverse)
 
 
-def gather_sum(
-    y: Tensor, index: Tensor, weights: Tensor | None = None, token_ids: Tensor | None = None
-) -> Tensor:
+def gather_sum(y: Tensor, index: Tensor, weights: Tensor | None = None, token_ids: Tensor | None = None) -> Tensor:
     """Weighted sums of rows: result[t] = sum over k of weights[t, k] * y[index[t, k]].
 
     Args:
@@ -58,6 +58,48 @@ def gather_sum(
     if token_ids is not None and token_ids.shape != y.shape[:1]:
         raise ValueError(f"token_ids has shape {tuple(token_ids.shape)}; it must be [{y.shape[0]}], one per row of y")
     return _GatherSum.apply(y, index, weights, token_ids)
+
+
+@dataclass(frozen=True)
+class RowsSource:
+    """Rows that are not gathered yet: `tensor` [R, H] in the order of `index` [M].
+
+    Who computes with them need not keep the gathered rows for backward, nor make them at all.
+    """
+
+    tensor: Tensor
+    """[R, H], differentiable."""
+
+    index: Tensor | None = None
+    """[M] int32 or int64 in [0, R), repeats allowed; None where `tensor` is in order already."""
+
+    inverse: Tensor | None = None
+    """[R, K'] every position of each row, -1 for none; see gather_rows."""
+
+    def gathered(self) -> Tensor:
+        """The rows [M, H]. Differentiable."""
+        return self.tensor if self.index is None else gather_rows(self.tensor, self.index, self.inverse)
+
+
+def take_rows(x: Tensor, index: Tensor | None, inverse: Tensor | None) -> Tensor:
+    """gather_rows without a gradient; `index` None leaves x [R, H] as it is."""
+    if index is None:
+        return x
+    if inverse is not None and inverse.shape[1] > 1:
+        return _spread(x, inverse, index)[0]
+    return kernel("gather_rows", x.device.type)(x.contiguous(), index.contiguous())
+
+
+def give_back_rows(grad: Tensor, index: Tensor | None, inverse: Tensor | None, num_rows: int) -> Tensor:
+    """The backward of take_rows: from the gradient [M, H] of its result that of x, [R, H] with R = num_rows."""
+    if index is None:
+        return grad
+    if inverse is None:
+        sources = torch.arange(index.shape[0], device=index.device)
+        return _scatter_sum(grad, sources, index, num_rows)
+    if inverse.shape[1] == 1:
+        return kernel("gather_rows", grad.device.type)(grad.contiguous(), inverse.reshape(-1))
+    return kernel("sum_rows", grad.device.type)(grad.contiguous(), inverse.contiguous(), None, None)
 
 
 def _check(rows: Tensor, index: Tensor, dim: int) -> None:
@@ -97,20 +139,12 @@ class _GatherRows(torch.autograd.Function):
     def forward(ctx, x, index, inverse):
         ctx.num_rows = x.shape[0]
         ctx.save_for_backward(index, inverse)
-        if inverse is not None and inverse.shape[1] > 1:
-            return _spread(x, inverse, index)[0]
-        return kernel("gather_rows", x.device.type)(x.contiguous(), index.contiguous())
+        return take_rows(x, index, inverse)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        index, inverse = ctx.saved_tensors
-        if inverse is None:
-            sources = torch.arange(index.shape[0], device=index.device)
-            return _scatter_sum(grad, sources, index, ctx.num_rows), None, None
-        if inverse.shape[1] == 1:
-            return kernel("gather_rows", grad.device.type)(grad.contiguous(), inverse.reshape(-1)), None, None
-        return kernel("sum_rows", grad.device.type)(grad.contiguous(), inverse.contiguous(), None, None), None, None
+        return give_back_rows(grad, *ctx.saved_tensors, ctx.num_rows), None, None
 
 
 class _GatherSum(torch.autograd.Function):

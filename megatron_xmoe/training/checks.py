@@ -31,9 +31,6 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise UsageError(
             "--moe-backend xmoe for a model without experts. Fix: add --num-experts N, or leave --moe-backend out"
         )
-    if args.moe_backend != "xmoe" and (args.xmoe_metrics == "layers" or args.xmoe_profile_breakdown):
-        option = "--xmoe-profile-breakdown" if args.xmoe_profile_breakdown else "--xmoe-metrics layers"
-        raise UsageError(f"{option} needs --moe-backend xmoe, whose layers measure. Fix: add it, or leave {option} out")
     if args.xmoe_ep_placement != "ep-first":
         _check_placement(args)
     if args.xmoe_qk_norm != "per-head" and (not args.qk_layernorm or args.multi_latent_attention):

@@ -118,9 +118,6 @@ def _on_gpu(changes: Adjustments) -> None:
 
 def _for_experts(changes: Adjustments) -> None:
     args, given = changes.args, changes.given
-    if args.moe_backend == "xmoe" or args.transformer_impl == "local":
-        why = "experts with biases do not train without Transformer Engine's grouped experts"
-        changes.set("add_bias_linear", False, "--disable-bias-linear", why)
     if "moe_token_dispatcher_type" not in given:
         changes.set(
             "moe_token_dispatcher_type",
@@ -136,6 +133,23 @@ def _for_experts(changes: Adjustments) -> None:
             "--expert-tensor-parallel-size 1",
             "X-MoE keeps experts whole; Megatron's default is the tensor-parallel size",
         )
+    why = _why_no_biases(args)
+    if why:
+        changes.set("add_bias_linear", False, "--disable-bias-linear", why)
+    if args.moe_backend == "xmoe" and args.xmoe_gradient_accumulation_fusion == "auto":
+        # Megatron's own switch was just switched off where Apex is missing, which X-MoE's experts do without
+        switched_off = "gradient_accumulation_fusion" in given and not args.gradient_accumulation_fusion
+        args.xmoe_gradient_accumulation_fusion = "off" if switched_off else "on"
+
+
+def _why_no_biases(args: argparse.Namespace) -> str:
+    """Why experts cannot have biases, or ''."""
+    if args.moe_backend != "xmoe":
+        local = args.transformer_impl == "local"
+        return "experts with biases do not train without Transformer Engine's grouped experts" if local else ""
+    if args.moe_shared_expert_intermediate_size:
+        return "Megatron's shared experts have no biases"
+    return "experts that ranks share have no biases" if (args.expert_tensor_parallel_size or 1) > 1 else ""
 
 
 def _for_the_loop(changes: Adjustments) -> None:

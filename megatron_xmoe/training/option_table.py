@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from megatron_xmoe import _optional
+from megatron_xmoe.sequence_shard import block_mode
 
 # names of options that change the Mixture-of-Experts block or how it is scheduled
 CONCERNS_EXPERTS = re.compile(
@@ -65,7 +66,6 @@ SERVED: dict[str, tuple[str, ...]] = _shown(
         "global auxiliary loss": "moe_router_load_balancing_type",
         "loss per token": "calculate_per_token_loss",
         "input jitter": "moe_input_jitter_eps",
-        "forced balance": "moe_router_force_load_balancing",
         "forced imbalance": "moe_router_force_biased",
         "routing replay": "moe_enable_routing_replay",
         "routing trace": "moe_routing_trace_path moe_routing_trace_max_training_iters moe_routing_trace_capture_logits "
@@ -77,18 +77,25 @@ SERVED: dict[str, tuple[str, ...]] = _shown(
         "smallest capacity": "xmoe_min_capacity",
         "capacity with expert bias": "moe_expert_capacity_factor",
         "dense layers": "moe_layer_freq",
-        "tensor-parallel experts": "expert_tensor_parallel_size",
+        "tensor-parallel experts": "expert_tensor_parallel_size sequence_parallel",
+        "sharded sequence": "xmoe_sequence_shard",
+        "sharded sequence by default": "xmoe_sequence_shard",
+        "duplicated sequence": "xmoe_sequence_shard",
+        "duplicated sequence, tensor-parallel experts": "xmoe_sequence_shard expert_tensor_parallel_size",
         "recomputed layers": "recompute_granularity recompute_method recompute_num_layers",
         "recomputed blocks": "recompute_method",
         "recomputed experts": "recompute_granularity",
         "recomputed attention": "recompute_activations",
         "recomputed experts by the old option": "moe_layer_recompute",
+        "recomputed pre-activation": "xmoe_recompute_activation",
+        "gradients added by the products": "xmoe_gradient_accumulation_fusion",
+        "gradients added by the hooks": "xmoe_gradient_accumulation_fusion",
         "several tokens at once": "mtp_num_layers mtp_loss_scaling_factor",
         "several tokens over pipeline stages": "mtp_num_layers",
         "several tokens on a stage of their own": "mtp_num_layers",
         "several tokens by one layer": "mtp_use_repeated_layer mtp_detach_heads",
         "fp16": "fp16 initial_loss_scale hysteresis min_loss_scale",
-        "bf16": "bf16",
+        "bf16": "bf16 xmoe_gradient_accumulation_fusion",
     }
 )
 
@@ -121,13 +128,21 @@ LIMITED: dict[str, Limit] = {
         lambda args: args.ckpt_format != "torch",
         "use --ckpt-format torch_dist",
     ),
-    "sequence_parallel": Limit(
-        "with tensor parallelism the MoE block needs a share of the sequence on each rank",
-        lambda args: args.tensor_model_parallel_size == 1 or args.sequence_parallel,
-        "add --sequence-parallel",
-        ("tensor-parallel experts",),
+    "moe_router_force_load_balancing": Limit(
+        "ranks with the same tokens would draw different routes for them",
+        lambda args: not args.moe_router_force_load_balancing or sequence_mode(args) != "duplicated",
+        "use --xmoe-sequence-shard on or --sequence-parallel",
+        ("forced balance",),
     ),
 }
+
+
+def sequence_mode(args: argparse.Namespace) -> str:
+    """What the Mixture-of-Experts block does with the sequence, see sequence_shard.block_mode."""
+    size = args.tensor_model_parallel_size
+    return block_mode(
+        *(args.xmoe_sequence_shard, size, args.sequence_parallel, args.expert_tensor_parallel_size or size)
+    )[0]
 
 
 def _recomputable() -> set[str]:

@@ -3,13 +3,24 @@
 import argparse
 
 from megatron_xmoe.training.errors import UsageError
-from megatron_xmoe.training.option_table import LIMITED, REFUSED, SPELLINGS, UNAVAILABLE, Refusal, spelling
+from megatron_xmoe.training.option_table import (
+    LIMITED,
+    REFUSED,
+    SPELLINGS,
+    UNAVAILABLE,
+    Refusal,
+    sequence_mode,
+    spelling,
+)
 
 SCRIPT = "pretrain_xmoe.py"
 OF_OUR_LAYER = frozenset(
     """
     xmoe_min_capacity xmoe_combine_weights xmoe_group_score xmoe_ranks_per_node
     xmoe_dispatcher xmoe_pilot xmoe_rbd_overlap xmoe_guard_empty_alltoall
+    xmoe_sequence_shard xmoe_shared_expert
+    xmoe_grouped_gemm xmoe_recompute_activation xmoe_gradient_accumulation_fusion
+    xmoe_metrics xmoe_profile_breakdown
     """.split()
 )
 
@@ -41,6 +52,7 @@ def check_options(args: argparse.Namespace, defaults: dict[str, object]) -> None
         if not limit.served(args):
             _refuse(name, args, Refusal(limit.rule, limit.way_out), "--moe-backend xmoe")
     _check_capacity(args)
+    _check_shared_experts(args)
     if args.moe_input_jitter_eps and args.xmoe_combine_weights == "logits":
         refusal = Refusal("the logits are computed once more, without the jitter", "leave one of them out")
         _refuse("moe_input_jitter_eps", args, refusal, "--xmoe-combine-weights logits")
@@ -58,6 +70,22 @@ def _check_capacity(args: argparse.Namespace) -> None:
             if getattr(args, name) != default:
                 refusal = Refusal("nothing is dropped without a capacity", "add --moe-expert-capacity-factor C")
                 _refuse(name, args, refusal, "--moe-backend xmoe")
+
+
+def _check_shared_experts(args: argparse.Namespace) -> None:
+    if args.xmoe_shared_expert != "sequence":
+        return
+    if not args.moe_shared_expert_intermediate_size:
+        refusal = Refusal("the model has no shared experts", "add --moe-shared-expert-intermediate-size")
+    elif args.tensor_model_parallel_size == 1:
+        return  # the same thing
+    elif args.expert_tensor_parallel_size != 1:
+        refusal = Refusal("experts are sharded over ranks", "add --expert-tensor-parallel-size 1, or use 'tensor'")
+    elif sequence_mode(args) == "duplicated":
+        refusal = Refusal("each rank computes the whole sequence", "use --xmoe-sequence-shard on, or 'tensor'")
+    else:
+        return
+    _refuse("xmoe_shared_expert", args, refusal, "--moe-backend xmoe")
 
 
 def _refuse(name: str, args: argparse.Namespace, refusal: Refusal, who: str) -> None:

@@ -12,9 +12,10 @@ from megatron.training import get_args, print_rank_0
 from megatron_xmoe import _optional
 from megatron_xmoe.config import XMoEConfig
 from megatron_xmoe.dispatch.choice import dispatcher_for
+from megatron_xmoe.kernels.grouped_gemm import choose_grouped_gemm
 from megatron_xmoe.kernels.registry import kernels_in_use, triton_is_usable
-from megatron_xmoe.ops.grouped_gemm import why_not_grouped_mm
 from megatron_xmoe.parallel_state import node_topology
+from megatron_xmoe.sequence_shard import block_mode
 from megatron_xmoe.specs import uses_torch_attention
 from megatron_xmoe.version import __version__
 
@@ -46,8 +47,9 @@ def print_report(xmoe: XMoEConfig, adjustments: list[str], stand_ins: int, repai
     if xmoe.moe_backend == "xmoe":
         kernels = kernels_in_use()
         lines += [
-            f"dispatcher   {_dispatcher(xmoe, args)}",
-            f"experts      {_experts(args)}",
+            *(f"dispatcher   {line}" for line in _dispatchers(xmoe, args)),
+            f"experts      {_experts(xmoe, args)}",
+            f"sequence     {_sequence(xmoe, args)}",
             f"kernels      {kernels.name}: {kernels.reason}",
         ]
     lines += [
@@ -55,6 +57,7 @@ def print_report(xmoe: XMoEConfig, adjustments: list[str], stand_ins: int, repai
         f"device       {_device(stand_ins)}",
         f"repairs      {repairs} in Megatron-Core's wheel, listed in megatron_xmoe/platform/wheel.py",
         f"nodes        {nodes}",
+        *(f"placement    {line}" for line in _placement(xmoe, args)),
         *(f"groups       {line}" for line in _groups()),
         *(f"set for you  {line}" for line in adjustments),
     ]
@@ -72,18 +75,46 @@ def _backend(xmoe: XMoEConfig, args) -> str:
     return "megatron (dense model)"
 
 
-def _dispatcher(xmoe: XMoEConfig, args) -> str:
-    """Of rank 0's expert-parallel group; every rank calls it, because finding the nodes can need all of a group."""
+def _dispatchers(xmoe: XMoEConfig, args) -> list[str]:
+    """Of every expert-parallel group; they can differ where groups lie on nodes differently."""
     topology = node_topology(parallel_state.get_expert_model_parallel_group(), xmoe.xmoe_ranks_per_node)
     choice = dispatcher_for(xmoe.xmoe_dispatcher, topology.node_of, args.moe_router_topk, args.num_experts)
-    return f"{choice.dispatcher}: {DISPATCHERS[choice.dispatcher]} ({choice.reason}; nodes by {topology.source})"
+    text = f"{choice.dispatcher}: {DISPATCHERS[choice.dispatcher]} ({choice.reason}; nodes by {topology.source})"
+    texts: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(texts, text)
+    if len(set(texts)) == 1:
+        return [text]
+    return [f"on {ranks} processes {text}" for text, ranks in Counter(texts).items()]
 
 
-def _experts(args) -> str:
-    reason = why_not_grouped_mm(args.params_dtype, (args.hidden_size, args.moe_ffn_hidden_size))
-    products = f"a loop over the local experts (grouped_mm: {reason})" if reason else "torch's grouped_mm"
-    fused = torch.cuda.is_available() and triton_is_usable("cuda")
-    return f"grouped; matrix products by {products}, activation by {'Triton' if fused else 'plain torch'}"
+def _placement(xmoe: XMoEConfig, args) -> list[str]:
+    if not args.num_experts or (args.expert_model_parallel_size == 1 and xmoe.xmoe_ep_placement == "ep-first"):
+        return []
+    who = {"ep-first": "an expert-parallel group", "dp-first": "the replicas of an expert"}[xmoe.xmoe_ep_placement]
+    alone = "; with one expert-parallel rank there is no choice" if args.expert_model_parallel_size == 1 else ""
+    return [f"{xmoe.xmoe_ep_placement}: {who} on neighbouring ranks{alone}"]
+
+
+def _experts(xmoe: XMoEConfig, args) -> str:
+    device_type = "cuda" if torch.cuda.is_available() else "cpu"
+    features = args.hidden_size, args.moe_ffn_hidden_size // args.expert_tensor_parallel_size
+    products = choose_grouped_gemm(xmoe.xmoe_grouped_gemm, device_type, args.params_dtype, features)
+    activation = "Triton" if device_type == "cuda" and triton_is_usable("cuda") else "plain torch"
+    parts = [f"grouped; matrix products {products.name}: {products.reason}", f"activation by {activation}"]
+    parts += ["with biases"] * args.add_bias_linear
+    parts += ["recomputed from their input"] * xmoe.xmoe_recompute_activation
+    parts += ["weight gradients added to main_grad"] * (xmoe.xmoe_gradient_accumulation_fusion == "on")
+    return "; ".join(parts)
+
+
+def _sequence(xmoe: XMoEConfig, args) -> str:
+    size = args.tensor_model_parallel_size
+    sizes = size, args.sequence_parallel, args.expert_tensor_parallel_size
+    _, text = block_mode(xmoe.xmoe_sequence_shard, *sizes)
+    if size > 1 and args.moe_shared_expert_intermediate_size:
+        whole = xmoe.xmoe_shared_expert == "sequence"
+        text += f"; shared experts {'whole on every rank' if whole else 'sharded over these ranks'}"
+    return text
 
 
 def _attention(args) -> str:

@@ -85,7 +85,7 @@ def check_exchanges(case: Passage, rank: int, result: dict) -> None:
 
 
 def check_rows(case: Passage, rank: int, result: dict) -> None:
-    """Between nodes: a row for each (token, other node), none to the own node, and at most 16 bytes a route besides."""
+    """Between nodes: a row for each (token, remote node), none to the own node, at most 16 bytes a route besides."""
     world = tuple(range(len(case.node_of)))
     calls = [call for part in ("forward", "backward") for call in result["rbd"][part][0]]
     dispatch, combine, combine_back, dispatch_back = (c for c in calls if c.group == world and c.sent is not None)

@@ -1,4 +1,7 @@
-"""Experts shared by tensor-parallel ranks: on disk they are what Megatron's SequentialMLP saves."""
+"""Experts on several ranks, or shared by tensor-parallel ranks: on disk they are what Megatron's SequentialMLP saves.
+
+Those that are not shared have biases.
+"""
 
 import harness
 import pytest
@@ -23,17 +26,19 @@ def saved(gated: bool) -> list[list[tuple]]:
     ep, etp = groups.ep.size(), groups.expt_tp.size()
     config = TransformerConfig(
         num_layers=1, hidden_size=HIDDEN, num_attention_heads=2, num_moe_experts=EXPERTS, ffn_hidden_size=FFN,
-        moe_ffn_hidden_size=FFN, add_bias_linear=False, gated_linear_unit=gated, activation_func=F.silu,
+        moe_ffn_hidden_size=FFN, add_bias_linear=etp == 1, gated_linear_unit=gated, activation_func=F.silu,
         gradient_accumulation_fusion=False, bias_activation_fusion=False, tensor_model_parallel_size=etp,
-        expert_tensor_parallel_size=etp, expert_model_parallel_size=ep, sequence_parallel=True,
+        expert_tensor_parallel_size=etp, expert_model_parallel_size=ep, sequence_parallel=etp > 1,
     )  # fmt: skip
     linear = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
     stock = SequentialMLP(EXPERTS // ep, config, linear, pg_collection=groups)
     ours = XMoEGroupedMLP(EXPERTS // ep, config, pg_collection=groups)
     with torch.no_grad():
-        for name in ("linear_fc1", "linear_fc2"):
-            weights = [expert.get_submodule(name).weight for expert in stock.local_experts]
-            ours.get_submodule(name).weight.copy_(torch.stack(weights))
+        for name, parameter in ours.named_parameters():
+            of_experts = [expert.get_parameter(name) for expert in stock.local_experts]
+            for expert in of_experts if name.endswith("bias") else ():
+                expert.normal_()  # they start as zeros
+            parameter.copy_(torch.stack(of_experts))
     return [entries(module) for module in (stock, ours)]
 
 
@@ -56,7 +61,7 @@ def run(layouts: list[tuple[int, int]]) -> dict:
     return results
 
 
-LAYOUTS = [(2, 1), (2, 2)]
+LAYOUTS = [(2, 1), (2, 2), (1, 2), (1, 4)]
 
 
 @pytest.fixture(scope="module")
@@ -75,4 +80,5 @@ def test_checkpoints_are_those_of_sequential_experts(results, etp, ep, gated):
             if isinstance(expected, torch.Tensor):
                 assert_same(actual, expected)
         places |= {entry[:3] for entry in ours if isinstance(entry[4], torch.Tensor)}
-    assert len(places) == EXPERTS * etp * (3 if gated else 2)  # every shard of every matrix is on some rank
+    biases = (3 if gated else 2) if etp == 1 else 0
+    assert len(places) == EXPERTS * (etp * (3 if gated else 2) + biases)  # every shard of everything is on some rank

@@ -28,7 +28,18 @@ def stock(request, weights):
     return options, run_job(options), tolerance
 
 
-@pytest.mark.parametrize("layout", [EP2, TP2, PP2], ids=["EP2", "TP2 x EP2", "PP2"])
+SHARDED = "--tensor-model-parallel-size 2 --expert-model-parallel-size 2".split()
+LAYOUTS = {
+    "EP2": EP2,
+    "TP2 x EP2": TP2,
+    "PP2": PP2,
+    "TP2 x EP2, sequence sharded in the block": SHARDED,
+    "the same, whole shared experts": [*SHARDED, "--xmoe-shared-expert", "sequence"],
+    "TP2 x EP2, duplicated": [*SHARDED, "--xmoe-sequence-shard", "off"],
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 def test_losses_equal_stock_megatron_on_one_gpu(layout, stock):
     options, expected, tolerance = stock
     xmoe = run_job(options, XMOE, layout, processes=2)

@@ -14,6 +14,8 @@ def test_start_up_block():
     for part in (
         "dispatcher   alltoall",
         f"kernels      {choose_kernels('auto', 'cpu').name}: ",
+        "experts      grouped; matrix products loop: a product per expert",
+        "weight gradients added to main_grad",
         "nodes        1 with 2 process(es)",
         "groups       expert 2, rank 0 with [0, 1]",
         "--moe-token-dispatcher-type alltoall",
@@ -34,11 +36,12 @@ def test_ranks_start_with_experts_of_their_own(backend, tmp_path):
         assert len({tuple(expert.flatten()[:8].tolist()) for expert in matrix}) == 12
 
 
-def test_biases_are_switched_off_and_said():
-    """Experts with biases do not train in Megatron without Transformer Engine; the entry does not demand the flag."""
+@pytest.mark.parametrize("backend, why", [("xmoe", "Megatron's shared experts have"), ("megatron", "experts with")])
+def test_biases_are_switched_off_and_said(backend, why):
+    """Where they cannot be, and in Megatron's experts without Transformer Engine, which do not train with biases."""
     with_biases = [part for part in TOY if part != "--disable-bias-linear"]
-    job = run_job(with_biases, RUN, "--moe-backend", "xmoe", processes=2)
-    assert "set for you  --disable-bias-linear  (experts with biases" in job.output
+    job = run_job(with_biases, RUN, "--moe-backend", backend, processes=2)
+    assert f"set for you  --disable-bias-linear  ({why}" in job.output
     assert len(job.losses) == 2
 
 

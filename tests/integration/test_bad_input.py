@@ -36,6 +36,7 @@ COMMAND_LINES = {
     "upcycling": ("--moe-use-upcycling", ["--moe-use-upcycling", "Fix:"]),
     "unknown option": ("--moe-router-topq 3", ["--moe-router-topq", "Fix:"]),
     "not served": ("--moe-latent-size 8", ["--moe-latent-size 8", "Fix:"]),
+    "matrix products": ("--xmoe-grouped-gemm torch", ["--xmoe-grouped-gemm torch cannot run on", "Fix:"]),
     "not served with these values": ("--recompute-granularity selective --recompute-modules moe_act",
                                      ["--recompute-modules moe_act", "Fix:"]),
     "sequence parallelism": ("--tensor-model-parallel-size 2", ["--sequence-parallel", "Fix:"]),

@@ -41,8 +41,13 @@ def train(name: str, backend: str, data: list[str], layout: str, directory: Path
     processes, parallelism = LAYOUTS[layout]
     options = case.stock if case.stock and backend == "megatron" else case.options
     environment = {"DROP_EARLIEST": "1"} if case.oracle and backend == "megatron" else {}
-    run_job(MODEL, TRAINING, data, options.format(directory=directory).split(), parallelism.split(), "--moe-backend",
-            backend, processes=processes, recorder=directory, **environment)  # fmt: skip
+    command = [*MODEL, *TRAINING, *data, *options.format(directory=directory).split(), *parallelism.split()]
+    if case.loaded:
+        weights = directory.parent / "weights"
+        if backend == "megatron":
+            run_job(command, "--train-iters", "1", "--save", str(weights), *SAVING, processes=processes)
+        command += start_from(weights)
+    run_job(command, "--moe-backend", backend, processes=processes, recorder=directory, **environment)
     return [torch.load(directory / f"{rank}.pt", weights_only=False) for rank in range(processes)]
 
 

@@ -28,6 +28,8 @@ def runs(request, tmp_path_factory):
 
 def test_losses_are_the_same(runs):
     _, (ep_first, dp_first), directories = runs
+    assert "placement    ep-first: an expert-parallel group on neighbouring ranks" in ep_first.output
+    assert "placement    dp-first: the replicas of an expert on neighbouring ranks" in dp_first.output
     assert "expert 2, rank 0 with [0, 1]" in ep_first.output and "expert-data 2, rank 0 with [0, 2]" in ep_first.output
     assert "expert 2, rank 0 with [0, 2]" in dp_first.output and "expert-data 2, rank 0 with [0, 1]" in dp_first.output
     assert len(ep_first.losses) == 6

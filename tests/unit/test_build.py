@@ -286,6 +286,20 @@ def test_triton_needs_a_c_compiler_and_headers(monkeypatch, tmp_path):
     assert not registry.triton_is_usable("cuda")
 
 
+def test_a_faster_backend_takes_single_operations(monkeypatch):
+    """On an NVIDIA GPU, unless a backend is pinned or the faster one cannot run."""
+    usable = {"cpp": True, "triton": True, "reference": True}
+    monkeypatch.setattr(registry, "_candidate", lambda name, device: registry.Candidate(name, usable[name], "why"))
+    monkeypatch.setattr(registry.torch.version, "hip", None)
+    found = lambda operation, pinned: registry._kernel.__wrapped__(operation, "cuda", pinned).__module__  # noqa: E731
+    assert found("sum_rows", "auto").endswith("triton_rows") and found("gather_rows", "auto").endswith("cpp")
+    assert "sum_rows by triton" in registry.choose_kernels("auto", "cuda").reason
+    assert found("sum_rows", "cpp").endswith("cpp")
+    usable["triton"] = False
+    assert found("sum_rows", "auto").endswith("cpp")
+    assert "sum_rows" not in registry.choose_kernels("auto", "cuda").reason
+
+
 def test_the_digest_follows_the_sources(project):
     before = _optional.sources_digest(project)
     assert before == _optional.sources_digest(ROOT) and len(before) == 16
@@ -323,6 +337,8 @@ def test_info_names_versions_backends_and_reasons():
     found = _optional.extension("cpu")
     assert lines["cpu: cpp"] == f"{'usable' if found.usable else 'not usable'}: {found.reason}"
     assert lines["cpu: chosen"] == ("cpp" if found.usable else "reference")
+    assert lines["loop on cpu"].startswith("usable: ") and lines["torch on cpu"] == "not usable: no GPU"
+    assert lines["auto on cpu"] == "loop"
 
 
 def test_info_with_a_pinned_backend_that_cannot_run():

@@ -27,8 +27,11 @@ def groups():
         yield
 
 
-def experts(activation, build_only=None, **options):
-    """The same experts twice: Megatron's and ours, in fp64; or one of the two (0, 1) as it was initialised."""
+def experts(activation, build_only=None, biases=False, xmoe=None, **options):
+    """The same experts twice: Megatron's and ours, in fp64; or one of the two (0, 1) as it was initialised.
+
+    With biases they are told that there are more ranks: Megatron's own fail in their backward otherwise.
+    """
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
     from megatron.core.transformer.mlp import MLPSubmodules
@@ -38,35 +41,47 @@ def experts(activation, build_only=None, **options):
     from megatron_xmoe.experts import XMoEGroupedMLP
 
     function, gated = ACTIVATIONS[activation]
+    options |= {"expert_model_parallel_size": 2} if biases else {}
     config = TransformerConfig(
         num_layers=1, hidden_size=HIDDEN, num_attention_heads=2, num_moe_experts=EXPERTS, ffn_hidden_size=FFN,
-        moe_ffn_hidden_size=FFN, add_bias_linear=False, gated_linear_unit=gated, activation_func=function,
+        moe_ffn_hidden_size=FFN, add_bias_linear=biases, gated_linear_unit=gated, activation_func=function,
         gradient_accumulation_fusion=False, bias_activation_fusion=False,
         **options,
     )  # fmt: skip
     groups = ProcessGroupCollection.use_mpu_process_groups()
     linear = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
-    builders = (partial(SequentialMLP, submodules=linear), XMoEGroupedMLP)
+    builders = (partial(SequentialMLP, submodules=linear), partial(XMoEGroupedMLP, xmoe=xmoe))
     if build_only is not None:
         return builders[build_only](EXPERTS, config, pg_collection=groups)
     stock, ours = (build(EXPERTS, config, pg_collection=groups).double() for build in builders)
     with torch.no_grad():
-        for name in ("linear_fc1", "linear_fc2"):
-            getattr(ours, name).weight.copy_(stacked(stock, name, lambda weight: weight))
+        for i, expert in enumerate(stock.local_experts):
+            for name, parameter in expert.named_parameters():
+                if name.endswith("bias"):  # drawn, as Megatron's are zero at first
+                    parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(i)))
+        for name, parameter in ours.named_parameters():
+            parameter.copy_(stacked(stock, name, lambda weight: weight))
     return stock, ours
 
 
 def stacked(stock, name, get):
-    return torch.stack([get(getattr(expert, name).weight) for expert in stock.local_experts])
+    return torch.stack([get(expert.get_parameter(name)) for expert in stock.local_experts])
 
 
 ON_INPUT = {"moe_apply_probs_on_input": True, "moe_router_topk": 1, "moe_router_pre_softmax": True}
 
 
+@pytest.mark.parametrize("recompute", [False, True], ids=["", "recomputed"])
 @pytest.mark.parametrize("rows", ROWS)
-@pytest.mark.parametrize("activation, options", [*((name, {}) for name in ACTIVATIONS), ("SwiGLU", ON_INPUT)])
-def test_outputs_and_gradients(activation, options, rows):
-    stock, ours = experts(activation, **options)
+@pytest.mark.parametrize("activation, options", [
+    *((name, {}) for name in ACTIVATIONS), *((name, {"biases": True}) for name in ACTIVATIONS),
+    ("SwiGLU", ON_INPUT), ("SwiGLU", ON_INPUT | {"biases": True}),
+    ("SwiGLU", {"activation_func_clamp_value": 0.3, "glu_linear_offset": 1.0}),
+])  # fmt: skip
+def test_outputs_and_gradients(activation, options, rows, recompute):
+    from megatron_xmoe.config import XMoEConfig
+
+    stock, ours = experts(activation, xmoe=XMoEConfig("xmoe", xmoe_recompute_activation=recompute), **options)
     counts = torch.tensor(ROWS[rows])
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(counts.sum(), HIDDEN, dtype=torch.float64, generator=generator)
@@ -79,9 +94,9 @@ def test_outputs_and_gradients(activation, options, rows):
         assert bias is None
         output.backward(grad)
         results.append([output, *(tensor.grad for tensor in inputs)])
-    for name in ("linear_fc1", "linear_fc2"):
+    for name, parameter in ours.named_parameters():
         results[0].append(stacked(stock, name, lambda weight: weight.grad))
-        results[1].append(getattr(ours, name).weight.grad)
+        results[1].append(parameter.grad)
     for expected, actual in zip(*results, strict=True):
         assert_close(actual, expected)
 
@@ -108,19 +123,44 @@ def on_disk(module):
     return sorted(entries, key=lambda entry: entry[:3])
 
 
-@pytest.mark.parametrize("activation", ["SwiGLU", "GELU"])
-def test_checkpoints_are_those_of_sequential_experts(activation):
-    stock, ours = map(on_disk, experts(activation))
-    assert len(stock) > 2 * EXPERTS
+KINDS = [("SwiGLU", False), ("SwiGLU", True), ("GELU", False), ("GELU", True)]
+
+
+@pytest.mark.parametrize("activation, biases", KINDS)
+def test_checkpoints_are_those_of_sequential_experts(activation, biases):
+    stock, ours = map(on_disk, experts(activation, biases=biases))
+    assert len(stock) > (4 if biases else 2) * EXPERTS
     assert [entry[:4] for entry in ours] == [entry[:4] for entry in stock]
     for (*_, expected), (*_, actual) in zip(stock, ours, strict=True):
         if isinstance(expected, torch.Tensor):
             assert_same(actual, expected)
 
 
-@pytest.mark.parametrize("activation", ["SwiGLU", "GELU"])
-def test_loading_puts_the_parts_together(activation):
-    _, ours = experts(activation)
+@pytest.mark.parametrize("activation, biases", KINDS)
+@pytest.mark.filterwarnings("ignore::UserWarning:torch.distributed")
+@pytest.mark.parametrize("saver", [0, 1], ids=["saved by Megatron's", "saved by ours"])
+def test_checkpoints_load_into_the_other_class(activation, biases, saver, tmp_path):
+    """Bit for bit, by Megatron's own functions."""
+    from megatron.core import dist_checkpointing
+
+    pair = experts(activation, biases=biases)
+    wanted = {name: parameter.detach().clone() for name, parameter in pair[1].named_parameters()}
+    dist_checkpointing.save(pair[saver].sharded_state_dict("experts."), str(tmp_path))
+    loader = pair[1 - saver]
+    with torch.no_grad():
+        for parameter in loader.parameters():
+            parameter.fill_(7)
+    state = dist_checkpointing.load(loader.sharded_state_dict("experts."), str(tmp_path))
+    loader.load_state_dict({name.removeprefix("experts."): value for name, value in state.items()})
+    assert len(wanted) == (4 if biases else 2)
+    for name, expected in wanted.items():
+        loaded = pair[1].get_parameter(name) if saver == 0 else stacked(pair[0], name, lambda weight: weight)
+        assert_same(loaded.detach(), expected)
+
+
+@pytest.mark.parametrize("activation, biases", KINDS)
+def test_loading_puts_the_parts_together(activation, biases):
+    _, ours = experts(activation, biases=biases)
     for entry in ours.sharded_state_dict("experts.", (), None).values():
         if hasattr(entry, "merge_fn"):
             assert_same(entry.merge_fn([shard.data for shard in entry.build()]), entry.data)
@@ -130,8 +170,39 @@ def test_flags_that_megatron_reads():
     _, ours = experts("SwiGLU")
     for parameter in ours.parameters():
         assert parameter.allreduce and parameter.tensor_model_parallel
-    _, parallel = experts("SwiGLU", expert_model_parallel_size=2)
+    _, parallel = experts("SwiGLU", biases=True, expert_model_parallel_size=2)
     assert not any(parameter.allreduce for parameter in parallel.parameters())
+    assert [name for name, parameter in parallel.named_parameters() if not hasattr(parameter, "partition_dim")] == [
+        "linear_fc2.bias"  # as in Megatron's
+    ]
+
+
+@pytest.mark.parametrize("asked, of_megatron, expected", [
+    ("auto", True, True), ("auto", False, False), ("on", False, True), ("off", True, False),
+])  # fmt: skip
+def test_who_decides_about_main_grad(asked, of_megatron, expected, monkeypatch):
+    from megatron_xmoe.config import XMoEConfig
+
+    ours = experts("SwiGLU", build_only=1, xmoe=XMoEConfig("xmoe", xmoe_gradient_accumulation_fusion=asked))
+    monkeypatch.setattr(ours.config, "gradient_accumulation_fusion", of_megatron)
+    rebuilt = type(ours)(EXPERTS, ours.config, pg_collection=groups_of_megatron(), xmoe=ours.xmoe)
+    assert rebuilt.into_main_grad == expected
+
+
+def groups_of_megatron():
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
+    return ProcessGroupCollection.use_mpu_process_groups()
+
+
+def test_parameters_are_asked_for_by_a_call():
+    """Megatron waits in a hook of the module that has them when it still gathers parameters."""
+    _, ours = experts("SwiGLU")
+    asked = []
+    for name in ("linear_fc1", "linear_fc2"):
+        ours.get_submodule(name).register_forward_pre_hook(lambda *_, name=name: asked.append(name))
+    ours(torch.randn(9, HIDDEN, dtype=torch.float64), torch.tensor(ROWS["uneven"]), torch.rand(9).double())
+    assert asked == ["linear_fc1", "linear_fc2"]
 
 
 def test_a_seed_means_the_same_weights():
@@ -142,8 +213,8 @@ def test_a_seed_means_the_same_weights():
     for index in (0, 1):
         model_parallel_cuda_manual_seed(7, force_reset_rng=True)
         drawn.append(experts("SwiGLU", build_only=index))
-    for name in ("linear_fc1", "linear_fc2"):
-        assert_same(getattr(drawn[1], name).weight.detach(), stacked(drawn[0], name, lambda weight: weight.detach()))
+    for name, parameter in drawn[1].named_parameters():
+        assert_same(parameter.detach(), stacked(drawn[0], name, lambda weight: weight.detach()))
 
 
 def test_experts_that_cannot_be_shared_are_refused():
@@ -158,13 +229,3 @@ def test_experts_that_cannot_be_shared_are_refused():
     groups = SimpleNamespace(expt_tp=SimpleNamespace(size=lambda: 4))
     with pytest.raises(ValueError, match="--moe-ffn-hidden-size 10 .* --expert-tensor-parallel-size 4"):
         XMoEGroupedMLP(2, config, pg_collection=groups)
-
-
-def test_biases_are_refused():
-    from megatron.core.transformer.transformer_config import TransformerConfig
-
-    from megatron_xmoe.experts import XMoEGroupedMLP
-
-    config = TransformerConfig(num_layers=1, hidden_size=8, num_attention_heads=2, num_moe_experts=2)
-    with pytest.raises(ValueError, match="--disable-bias-linear"):
-        XMoEGroupedMLP(2, config, pg_collection=None)

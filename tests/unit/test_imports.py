@@ -15,7 +15,7 @@ SOURCES = sorted((ROOT / PACKAGE).rglob("*.py"))
 
 LEAVES = ("config", "version", "_optional")
 OURS_BELOW_LAYERS = ("dispatch", "ops", "parallel_state", "metrics", "profiling", *LEAVES)
-LAYERS = ("layer", "experts", "sequence_shard", "norm", "qk_norm", "attention", "routing")
+LAYERS = ("layer", "experts", "sequence_shard", "shared_experts", "norm", "qk_norm", "attention", "routing")
 # the dispatcher's base class, and what its constructor and its exchange are made of
 DISPATCHER_BASE = (
     "megatron.core.transformer.moe.token_dispatcher",
@@ -37,23 +37,24 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "kernels": ("torch", "triton", *ours("_C", *LEAVES)),
     "ops": ("torch", *ours("kernels")),
     "profiling": ("torch", "megatron.core.utils", "megatron.core.transformer.moe.moe_logging", *ours(*LEAVES)),
-    "figures": ("torch", *ours("profiling")),
+    "figures": ("numpy", *ours("profiling")),
     "parallel_state": ("torch", "megatron.core", *ours(*LEAVES)),
-    "metrics": ("torch", "megatron.core", *ours("parallel_state", "profiling", "figures", *LEAVES)),
+    "metrics": ("torch", "numpy", "megatron.core", *ours("parallel_state", "profiling", "figures", *LEAVES)),
     "dispatch": ("torch", *DISPATCHER_BASE, *ours("ops", "parallel_state", "metrics", "profiling", *LEAVES)),
     **dict.fromkeys(LAYERS, ("torch", "megatron.core", *ours(*OURS_BELOW_LAYERS, *LAYERS))),
     **dict.fromkeys(
         ("specs", "backend"),
-        ("torch", "megatron.core", *ours("specs", "metrics", "kernels.registry", *LAYERS, *LEAVES)),
+        (
+            *("torch", "megatron.core"),
+            *ours("specs", "metrics", "kernels.registry", "kernels.grouped_gemm", *LAYERS, *LEAVES),
+        ),
     ),
     # names Megatron's symbols as strings; only the version is looked up, for an error message
     "platform": ("torch", "megatron.core.package_info"),
     "training": (
         *("torch", "numpy", "megatron.core", "megatron.training"),
-        # for the start-up report, which says why
-        *ours("ops.grouped_gemm.why_not_grouped_mm", "dispatch.choice", "parallel_state"),
-        *ours("backend", "specs", "metrics", "platform", "kernels", "profiling", "checkpoint", "parallel_state"),
-        *ours(*LEAVES),
+        *ours("dispatch.choice", "parallel_state", "sequence_shard"),  # for the start-up report, which says why
+        *ours("backend", "specs", "metrics", "platform", "kernels", "profiling", "checkpoint", *LEAVES),
     ),
     "checkpoint": (
         *("torch", "numpy", "safetensors", "huggingface_hub", "transformers", "tqdm"),

@@ -148,9 +148,9 @@ LIMITS = {
         {"recompute_modules": ["moe", "moe_act"]},
         {"recompute_modules": ["moe", "core_attn", "mlp", "shared_experts"]},
     ),
-    "sequence_parallel": (
-        {"tensor_model_parallel_size": 2, "sequence_parallel": False},
-        {"tensor_model_parallel_size": 2, "sequence_parallel": True},
+    "moe_router_force_load_balancing": (
+        {"moe_router_force_load_balancing": True, "tensor_model_parallel_size": 2},  # experts on both ranks
+        {"moe_router_force_load_balancing": True, "tensor_model_parallel_size": 2, "expert_tensor_parallel_size": 1},
     ),
 }
 
@@ -228,8 +228,17 @@ def test_dropping_needs_a_capacity(option):
 
 
 @pytest.mark.parametrize(
-    "changes", [{"xmoe_min_capacity": 4}, {"xmoe_combine_weights": "logits"}, {"xmoe_group_score": "max"},
-     {"xmoe_ranks_per_node": "2"}]
+    "changes",
+    [
+        {"xmoe_min_capacity": 4},
+        {"xmoe_combine_weights": "logits"},
+        {"xmoe_group_score": "max"},
+        {"xmoe_metrics": "layers"},
+        {"xmoe_profile_breakdown": True},
+        {"xmoe_ranks_per_node": "2"},
+        {"xmoe_sequence_shard": "on"},
+        {"xmoe_shared_expert": "sequence"},
+    ],
 )
 def test_options_of_our_layer_need_it(changes):
     (option,) = changes
@@ -245,3 +254,21 @@ def test_a_negative_capacity_is_refused():
 def test_replayed_routes_are_not_scored():
     with pytest.raises(UsageError, match="--xmoe-group-score max does not take --moe-enable-routing-replay"):
         check(arguments(moe_enable_routing_replay=True, xmoe_group_score="max"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "fix"),
+    [
+        ({"moe_shared_expert_intermediate_size": None}, "add --moe-shared-expert-intermediate-size"),
+        ({"expert_tensor_parallel_size": 2}, "add --expert-tensor-parallel-size 1"),
+        ({"xmoe_sequence_shard": "off"}, "use --xmoe-sequence-shard on"),
+    ],
+)
+def test_whole_shared_experts_need_a_sharded_sequence(changes, fix):
+    served = {"xmoe_shared_expert": "sequence", "moe_shared_expert_intermediate_size": 16,
+              "tensor_model_parallel_size": 2, "expert_tensor_parallel_size": 1}  # fmt: skip
+    check(arguments(**served))
+    check(arguments(**served, sequence_parallel=True))
+    check(arguments(**served | {"tensor_model_parallel_size": 1}))
+    with pytest.raises(UsageError, match=f"does not take --xmoe-shared-expert sequence: .* Fix: {fix}"):
+        check(arguments(**served | changes))

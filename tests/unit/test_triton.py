@@ -1,24 +1,17 @@
 """The Triton kernels in Triton's interpreter, on the CPU, against loops: movement and routing bit for bit.
 
-The interpreter has to be chosen before Triton is first imported, so the kernels run in a process of their own. It
-rounds to 16 bits by cutting off: sums in bf16 and fp16 are checked by tolerance here, and bit for bit on a GPU.
+The interpreter rounds to 16 bits by cutting off: sums in bf16 and fp16 are checked by tolerance here, and bit for bit
+on a GPU.
 """
 
-import importlib
 import importlib.util
 import itertools
 import math
-import os
-import pickle
 import sys
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 from unittest import mock
 
-import harness
 import oracles
 import pytest
 import torch
@@ -47,30 +40,6 @@ CHOICES = {
     "none at all": ([[-1, -1], [-1, -1]], 2),
     "an expert twice": ([[1, 1], [0, 1], [1, 0], [0, 0]], 2),
 }
-
-
-@pytest.fixture(scope="module")
-def interpreted() -> Iterator[Callable[..., Any]]:
-    """Calls a function of megatron_xmoe.kernels.triton_* with poisoned memory: interpreted(module, name, *args)."""
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as worker:
-        with mock.patch.dict(os.environ, TRITON_INTERPRET="1"):
-            worker.submit(os.getpid).result()  # the process starts, and takes its environment, with the first task
-
-        def call(module: str, name: str, *args, constants: dict[str, int] | None = None) -> Any:
-            # plain bytes: torch would pass tensors to another process by file descriptors
-            task = pickle.dumps((module, name, args, constants or {}))
-            return pickle.loads(worker.submit(run_interpreted, task).result())
-
-        yield call
-
-
-def run_interpreted(task: bytes) -> bytes:
-    """In the process of its own: the pickled result of a pickled call, with constants of the module replaced."""
-    module_name, function, args, constants = pickle.loads(task)
-    module = importlib.import_module(f"megatron_xmoe.kernels.{module_name}")
-    replaced = mock.patch.multiple(module, **constants) if constants else mock.MagicMock()
-    with harness.poisoned_memory(), replaced:
-        return pickle.dumps(getattr(module, function)(*args))
 
 
 def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
@@ -325,7 +294,7 @@ def test_launch_parameters_are_what_triton_takes(warp):
 
 
 def test_the_compile_tool_knows_every_kernel():
-    """What tools/compile_triton.py would compile covers all kernels, for both sizes of a warp; it finds a new one."""
+    """What tools/compile_triton.py would compile covers all kernels, for every target; it finds a new one."""
     sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
     try:
         import compile_triton
@@ -333,8 +302,9 @@ def test_the_compile_tool_knows_every_kernel():
         sys.path.pop(0)
     from megatron_xmoe.kernels import triton_rows
 
-    for warp in (32, 64):
-        assert {(launch.module, launch.kernel) for launch in compile_triton.launches(warp)} == compile_triton.kernels()
+    for target in compile_triton.TARGETS:
+        launches = compile_triton.launches(target)
+        assert {(launch.module, launch.kernel) for launch in launches} == compile_triton.kernels()
     with mock.patch.object(triton_rows, "new_kernel", triton_rows.sum_kernel, create=True):
         assert (triton_rows.__name__, "new_kernel") in compile_triton.kernels()
 

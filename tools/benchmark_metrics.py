@@ -1,0 +1,182 @@
+#!/usr/bin/env python3
+"""What --xmoe-metrics costs: forward and backward of a stack of MoE layers, with each setting in turns.
+
+Settings alternate within one run, so that what else the machine does hits all of them. Each iteration ends with the
+report that Megatron asks for, and every --log-interval iterations it is written to TensorBoard, if that is installed.
+There is no attention and no optimizer, which makes the share that the metrics take an upper bound.
+
+  torchrun --standalone --nproc-per-node 4 tools/benchmark_metrics.py          (GPUs)
+  OMP_NUM_THREADS=1 torchrun --standalone --nproc-per-node 2 tools/benchmark_metrics.py   (no GPU: a small model)
+"""
+
+import argparse
+import contextlib
+import functools
+import io
+import logging
+import os
+import statistics
+import sys
+import tempfile
+import time
+import warnings
+from dataclasses import replace
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from megatron_xmoe.platform import cpu, wheel
+
+SETTINGS = ("off", "summary", "layers", "layers + breakdown")
+WARM_UP = 3
+
+
+def options(on_gpu: bool) -> argparse.Namespace:
+    """Command line; the defaults are X-MoE Small's layers on a GPU."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    sizes = {  # name: (default with GPUs, without, help)
+        "layers": (4, 4, "MoE layers"),
+        "hidden-size": (2048, 256, "hidden size"),
+        "ffn-size": (1408, 128, "FFN size of an expert"),
+        "experts": (64, 16, "experts of all ranks"),
+        "topk": (6, 4, "experts of a token"),
+        "tokens": (8192, 1024, "tokens of a rank"),
+        "rounds": (30, 30, "iterations of each setting"),
+        "log-interval": (1, 1, "iterations between two reports; 1 is the dearest"),
+    }
+    for name, (with_gpu, without, text) in sizes.items():
+        default = with_gpu if on_gpu else without
+        parser.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"{text} (default: {default})")
+    return parser.parse_args()
+
+
+def build(args: argparse.Namespace, device, dtype, ranks: int) -> list:
+    """The layers, with expert parallelism over all ranks."""
+    import torch
+    from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    from megatron_xmoe.experts import XMoEGroupedMLP
+    from megatron_xmoe.layer import XMoELayer
+
+    config = TransformerConfig(
+        num_layers=args.layers, hidden_size=args.hidden_size, num_attention_heads=1, num_moe_experts=args.experts,
+        moe_router_topk=args.topk, moe_ffn_hidden_size=args.ffn_size, ffn_hidden_size=args.ffn_size,
+        add_bias_linear=False, gated_linear_unit=True, activation_func=torch.nn.functional.silu,
+        bias_activation_fusion=False, gradient_accumulation_fusion=False, moe_router_load_balancing_type="none",
+        moe_token_dispatcher_type="alltoall", params_dtype=dtype, bf16=dtype == torch.bfloat16,
+        expert_model_parallel_size=ranks, use_cpu_initialization=device.type == "cpu",
+    )  # fmt: skip
+    submodules = get_moe_module_spec(use_te=False, num_experts=args.experts).keywords["submodules"]
+    layers = []
+    for number in range(1, args.layers + 1):
+        layer = XMoELayer(config, submodules=replace(submodules, experts=XMoEGroupedMLP)).to(device)
+        layer.set_layer_number(number)
+        layers.append(layer)
+    return layers
+
+
+def trackers(args: argparse.Namespace) -> dict:
+    """A tracker for each setting, as the training program installs it."""
+    from megatron.core.transformer.moe.moe_logging import MoEMetricsTracker
+
+    from megatron_xmoe.metrics import XMoETracker
+
+    make = functools.partial(XMoETracker, args.layers, args.experts, args.log_interval)
+    return {
+        "off": MoEMetricsTracker(),
+        "summary": make("summary", False),
+        "layers": make("layers", False),
+        "layers + breakdown": make("layers", True),
+    }
+
+
+def measure(args: argparse.Namespace, layers: list, x, writer) -> dict[str, list[float]]:
+    """Seconds of each iteration by setting (on a CPU: of processor time); the settings take turns."""
+    import torch
+    import torch.distributed as dist
+    from megatron.core.transformer.moe.moe_logging import set_moe_metrics_tracker
+
+    # another program on the same cores does not add to a process's own time; a GPU has to be waited for
+    clock = time.perf_counter if x.is_cuda else time.process_time
+    seconds: dict[str, list[float]] = {setting: [] for setting in SETTINGS}
+    all_trackers = trackers(args)
+    for iteration in range(1, WARM_UP + args.rounds + 1):
+        first = iteration % len(SETTINGS)
+        for setting in SETTINGS[first:] + SETTINGS[:first]:
+            tracker = all_trackers[setting]
+            set_moe_metrics_tracker(tracker)
+            dist.barrier()
+            torch.cuda.synchronize()
+            begin = clock()
+            hidden = x.requires_grad_()
+            for layer in layers:
+                hidden = hidden + layer(hidden)[0]
+            hidden.float().square().mean().backward()
+            tracker.report(loss_scale=1.0, iteration=iteration, writer=writer, track_names=[], num_layers=args.layers)
+            torch.cuda.synchronize()
+            if iteration > WARM_UP:
+                seconds[setting].append(clock() - begin)
+    return seconds
+
+
+def tensorboard_writer(folder: str):
+    """A writer on the last rank, as Megatron has it, or None; and what to say of it."""
+    import torch.distributed as dist
+
+    if dist.get_rank() != dist.get_world_size() - 1:
+        return None, ""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None, "TensorBoard is not installed, so nothing is written: pip install tensorboard"
+    return SummaryWriter(folder), "the last rank writes to TensorBoard"
+
+
+def main() -> None:
+    """Command line."""
+    warnings.filterwarnings("ignore")
+    logging.disable(logging.WARNING)
+    on_gpu = not cpu.needed()
+    args = options(on_gpu)
+    if not on_gpu:
+        cpu.install()
+    wheel.install()
+    import torch
+    import torch.distributed as dist
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    rank = int(os.environ.get("LOCAL_RANK", 0))
+    device, dtype = (torch.device("cuda", rank), torch.bfloat16) if on_gpu else (torch.device("cpu"), torch.float32)
+    if on_gpu:
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if on_gpu else "gloo")
+    ranks = dist.get_world_size()
+    parallel_state.initialize_model_parallel(expert_model_parallel_size=ranks)
+    model_parallel_cuda_manual_seed(1)
+    x = torch.randn(args.tokens, 1, args.hidden_size, device=device, dtype=dtype)
+    with tempfile.TemporaryDirectory() as folder:
+        writer, note = tensorboard_writer(folder)
+        with contextlib.redirect_stdout(io.StringIO()):  # the tables of stages
+            seconds = measure(args, build(args, device, dtype, ranks), x, writer)
+        if dist.get_rank() == ranks - 1:
+            print(f"{ranks} rank(s), {torch.cuda.get_device_name() if on_gpu else 'CPU'}, {vars(args)}; {note}")
+            print(table(seconds), flush=True)
+            if writer is not None:
+                writer.close()
+    dist.destroy_process_group()
+
+
+def table(seconds: dict[str, list[float]]) -> str:
+    """Median time of an iteration, and the median over rounds of what a setting adds to the round's own 'off'."""
+    lines = [f"{'--xmoe-metrics':<22}{'ms':>9}{'overhead':>10}   quartiles of the rounds"]
+    for setting, times in seconds.items():
+        added = [time / off - 1 for time, off in zip(times, seconds["off"], strict=True)]
+        low, middle, high = statistics.quantiles(added, n=4)
+        lines.append(f"{setting:<22}{statistics.median(times) * 1e3:>9.2f}{middle:>10.2%}   {low:.2%} to {high:.2%}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
