@@ -27,6 +27,7 @@ LARGEST_WORD = 2**31 - 1
     dispatch_preprocess="permute",
     token_dispatch="dispatch",
     dispatch_postprocess="permute",
+    expert_rows="permute",
     combine_preprocess="unpermute",
     token_combine="combine",
     combine_postprocess="unpermute",
