@@ -144,10 +144,10 @@ def test_breakdown_table():
     ]  # fmt: skip
 
 
-def test_an_interval_holds_its_own_passes_only(install):
+@pytest.mark.parametrize("factor, capacity", [(0.5, 3), (2.0, 10)])  # ceil(10 * 2 / 4 * factor)
+def test_an_interval_holds_its_own_passes_only(install, factor, capacity):
     """Figures of two iterations come at the second, and the next interval begins anew."""
-    tracker, writer, built = install(log_interval=2), Writer(), layer(classes()[1], moe_expert_capacity_factor=0.5)
-    capacity = 3  # ceil(10 * 2 / 4 * 0.5)
+    tracker, writer, built = install(log_interval=2), Writer(), layer(classes()[1], moe_expert_capacity_factor=factor)
     maps = []
     for iteration in (1, 2, 3, 4):
         for micro_batch in range(iteration):
@@ -249,11 +249,12 @@ def test_installing_nothing(monkeypatch):
 
 def test_breakdown_is_printed(install, capsys):
     tracker, built = install("off", breakdown=True, log_interval=2), layer(classes()[1])
-    for iteration in (5, 6):
+    for iteration in (5, 6, 7, 8):
         built(tokens())
         report(tracker, iteration)
-    table = capsys.readouterr().out.splitlines()
-    assert table[0].endswith("of iterations 5 to 6")
+    printed = capsys.readouterr().out.splitlines()
+    table, second = printed[:9], printed[9:]
+    assert table[0].endswith("of iterations 5 to 6") and second[0].endswith("of iterations 7 to 8")
     assert [line.split()[-3] for line in table[2:8]] == [f"xmoe.{stage}" for stage in STAGES]
     assert all(float(line.split()[-2]) > 0 for line in table[2:])
 
