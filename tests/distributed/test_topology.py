@@ -122,7 +122,7 @@ def timeout_of_a_nodes_group() -> float:
 @pytest.fixture(scope="module")
 def ranks() -> list[tuple[list[dict | None], float]]:
     """What each rank saw, by case; and a timeout."""
-    return harness.run_distributed(run_all, WORLD, timeout=180)
+    return harness.run_distributed(run_all, WORLD, timeout=300)
 
 
 @pytest.mark.parametrize("index", range(len(CASES)), ids=lambda index: str(CASES[index].expected))
