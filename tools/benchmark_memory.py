@@ -296,7 +296,8 @@ def parse(argv: list[str] | None) -> tuple[Model, Namespace]:
     )
     group = parser.add_argument_group("model (each of the preset unless given)")
     preset = "large" if gpus else "toy"
-    group.add_argument("--preset", choices=PRESETS, default=preset, help=f"(default here: {preset})")
+    group.add_argument("--preset", choices=PRESETS, default=preset,
+                       help=f"a model of the X-MoE paper (default here: {preset})")  # fmt: skip
     sizes = {
         "layers": "number of layers", "hidden": "hidden size, H", "ffn": "FFN size of an expert, F",
         "experts": "number of experts, E", "topk": "experts of a token, K", "sequence": "sequence length, S",
@@ -304,8 +305,9 @@ def parse(argv: list[str] | None) -> tuple[Model, Namespace]:
         "shared_ffn": "FFN size of shared experts",
     }  # fmt: skip
     for name, text in sizes.items():
-        group.add_argument(f"--{name.replace('_', '-')}", type=positive_number(int), metavar="N", help=text)
-    factor = "capacity factor, c; without it nothing is dropped, and formulas have c = 1"
+        group.add_argument(f"--{name.replace('_', '-')}", type=positive_number(int), metavar="N",
+                           help=f"{text} (default: the preset's)")  # fmt: skip
+    factor = "capacity factor, c (default: nothing is dropped, and formulas have c = 1)"
     group.add_argument("--capacity-factor", type=positive_number(float), metavar="C", help=factor)
     group = parser.add_argument_group("layout")
     group.add_argument("--tp", type=positive_number(int), nargs="+", metavar="G",
@@ -314,11 +316,13 @@ def parse(argv: list[str] | None) -> tuple[Model, Namespace]:
     group.add_argument("--processes", type=positive_number(int), default=count, metavar="N",
                        help=f"number of processes, a GPU each if there are any (default here: {count})")  # fmt: skip
     group = parser.add_argument_group("measurement")
-    group.add_argument("--modes", choices=MODES, nargs="+", default=list(MODES), help="(default: all)")
-    group.add_argument("--steps", type=positive_number(int), default=10, metavar="N", help="timed steps (default 10)")
-    group.add_argument("--dtype", choices=DTYPES, default="bf16", help="of weights and activations (default bf16)")
+    group.add_argument("--modes", choices=MODES, nargs="+", default=list(MODES),
+                       help="ways to handle the sequence (default: all)")  # fmt: skip
+    group.add_argument("--steps", type=positive_number(int), default=10, metavar="N", help="timed steps (default: 10)")
+    group.add_argument("--dtype", choices=DTYPES, default="bf16", help="of weights and activations (default: bf16)")
     group.add_argument("--formulas", action="store_true", help="print the formulas only")
-    parser.add_argument_group("output").add_argument("--json", metavar="FILE", help="also write all figures there")
+    parser.add_argument_group("output").add_argument("--json", metavar="FILE",
+                                                  help="also write all figures there (default: nowhere)")  # fmt: skip
     args = parser.parse_args(argv)
     given = {name: getattr(args, name) for name in (*sizes, "capacity_factor") if getattr(args, name) is not None}
     model = replace(PRESETS[args.preset], **given)

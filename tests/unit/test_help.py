@@ -15,7 +15,8 @@ PROGRAMS = sorted(
     path for folder in ("tools", "patches") for path in (ROOT / folder).glob("*.py") if "__main__" in path.read_text()
 )
 SHELL = sorted(path for path in (ROOT / "tools").glob("*.sh") if path.read_text().startswith("#!"))
-ABOUT_DEVICES = ("benchmark_experts.py", "benchmark_ops.py", "compile_triton.py")  # the defaults are what torch finds
+ABOUT_DEVICES = """compile_triton.py benchmark_dispatch.py benchmark_experts.py benchmark_memory.py
+    benchmark_metrics.py benchmark_ops.py""".split()  # the defaults are what torch finds
 YES_OR_NO = ("True", "False")
 
 
@@ -43,7 +44,7 @@ def _says(text: str, default: str) -> bool:
     try:
         return float(default) in [float(number) for number in re.findall(r"-?\d+(?:\.\d+)?", text)]
     except ValueError:
-        return default in text or default in YES_OR_NO
+        return default in text or default in YES_OR_NO or default[:1] in ("[", "(")  # lists are put into words
 
 
 @pytest.mark.parametrize("path", PROGRAMS, ids=lambda path: path.name)
@@ -54,7 +55,8 @@ def test_every_option_is_explained(path):
     parser = json.loads(done.stdout.splitlines()[-1])
     assert parser["options"] or parser["commands"]
     assert not faults(parser, path.name)
-    assert re.search(rf"python (tools|patches)/{path.name} ", " ".join(parser["text"].split())), "no example"
+    examples = rf"(python|torchrun .*) (tools|patches)/{path.name}\b"
+    assert re.search(examples, " ".join(parser["text"].split("usage:", 1)[1].split())), "no example"
     # quickly: what takes seconds to import is imported when it is needed
     assert not parser["loaded"] or path.name in ABOUT_DEVICES
 
