@@ -81,9 +81,8 @@ class XMoEConfig:
     xmoe_grouped_gemm: Literal["auto", "triton", "torch", "loop"] = "auto"
     """Implementation of the experts' matrix products. 'triton' is this project's kernels, for NVIDIA and AMD GPUs;
     'torch' is torch's grouped_mm, for bf16 on NVIDIA GPUs of compute capability 9 and above; 'loop' is a product per
-    expert and runs everywhere. 'auto' takes what was the fastest in measurements, the best of two where both can run,
-    and says at start-up which and why; a name pins one, and the run stops if it cannot be used. `python -m
-    megatron_xmoe.info` lists them."""
+    expert and runs everywhere. 'auto' takes what was the fastest in measurements and says at start-up which and why; a
+    name pins one, and the run stops if it cannot be used. `python -m megatron_xmoe.info` lists them."""
 
     xmoe_recompute_activation: bool = False
     """Experts save only their input for backward and compute the first matrix product again, so that of an MoE layer

@@ -43,7 +43,15 @@ class XMoELayer(MoELayer):
         name: str | None = None,
         xmoe: XMoEConfig | None = None,
     ):
-        """Args are those of MoELayer, and `xmoe`, the options of X-MoE (defaults if None)."""
+        """Args are those of MoELayer, and `xmoe`, the options of X-MoE (defaults if None).
+
+        Raises:
+            ValueError: Megatron's overlap of expert-parallel communication, or options that cannot work here.
+        """
+        if config.overlap_moe_expert_parallel_comm:
+            raise ValueError(
+                "--overlap-moe-expert-parallel-comm frees what X-MoE's layer needs for its backward pass: leave it out"
+            )
         if pg_collection is None:
             pg_collection = get_default_pg_collection()
         xmoe = xmoe or XMoEConfig(moe_backend="xmoe")
@@ -147,7 +155,10 @@ class XMoELayer(MoELayer):
         Args: hidden_states [S, B, H]; probs [T, E]; routing_map [T, E] bool. Returns rows [N, H] and weights [N].
         """
         if self.shared_expert_overlap:
-            self.shared_experts.pre_forward_comm(self._shared_experts_input(hidden_states))
+            share = self._shared_experts_input(hidden_states)
+            self.shared_experts.pre_forward_comm(share)
+            if share.is_cuda and self._shared_experts_are_replicated:  # it is dropped before they have read it
+                share.record_stream(self.shared_experts.stream)
         rows, weights = super().preprocess(*self.sequence.enter(hidden_states, probs), routing_map)
         drops = self.config.moe_expert_capacity_factor is not None
         if drops and self.router.enable_expert_bias and torch.is_grad_enabled():

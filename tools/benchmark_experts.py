@@ -30,7 +30,7 @@ from benchmark_ops import DTYPES, milliseconds  # noqa: E402
 from expert_systems import TOLERANCE, Inputs, Shape, System, own_systems, reason_of, rivals  # noqa: E402
 
 from megatron_xmoe._optional import probe  # noqa: E402
-from megatron_xmoe.kernels.grouped_gemm import BACKENDS, MIXED  # noqa: E402
+from megatron_xmoe.kernels.grouped_gemm import BACKENDS  # noqa: E402
 
 PROG = "tools/benchmark_experts.py"
 # T, d, n, E, K
@@ -132,8 +132,8 @@ def measure(shape: Shape, args: Namespace) -> list[dict]:
                 raise
             left_out.append(f"{system.name}: {reason_of(error)}")
             continue
-        dense = dense or record["both_ms"]
-        record |= {"of_dense": dense / record["both_ms"], "agrees": not wrong}
+        dense = record["both_ms"] if system.name == "dense GEMM" else dense
+        record |= {"of_dense": dense and dense / record["both_ms"], "agrees": not wrong}
         records.append(record)
         verdict = "" if not system.agrees else f"DIFFERS: {wrong}" if wrong else "agrees"
         print(f"{system.name:26}{row(record)}   {verdict}", flush=True)
@@ -152,7 +152,7 @@ def row(record: dict) -> str:
         f"{record['forward_tflops']:.3g}",
         f"{record['both_ms']:.3f}",
         f"{record['both_tflops']:.3g}",
-        f"{record['of_dense']:.0%}",
+        "-" if record["of_dense"] is None else f"{record['of_dense']:.0%}",
         *("-" if value is None else f"{value:.0f}" for value in bytes_a_token),
     ]
     return "".join(f"{cell:>14}" for cell in cells)
@@ -178,7 +178,7 @@ def parse(argv: list[str] | None) -> Namespace:
     what.add_argument("--shapes", type=shapes, default=default,
                       help=f"T,d,n,E,K, several with ';' (default: {default})")  # fmt: skip
     what.add_argument("--dtype", choices=DTYPES, default="bf16", help="of rows and weights (default: bf16)")
-    names = ("all", *BACKENDS, MIXED)
+    names = ("all", *BACKENDS)
     what.add_argument("--grouped-gemm", choices=names, default="all", help="our backend of the products (default: all)")
     what.add_argument("--stages", action="store_true", help="also time each stage of ours beside its own floor")
     where = parser.add_argument_group("where, and to what file")

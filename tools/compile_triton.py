@@ -154,7 +154,7 @@ def gemm_calls() -> None:
         gemm.multiply(rows_, weight, ends, empty(4096, dtype=torch.int32))
         gemm.multiply(hidden, weight, ends, transposed=True)
         gemm.multiply(hidden, weight, ends, empty(4096, dtype=torch.int32), transposed=True)
-        gemm.clear_empty(gemm.weight_gradient(hidden, rows_, ends), ends)
+        gemm.weight_gradient(hidden, rows_, ends)
         gemm.weight_gradient(hidden, rows_, ends, empty(8, ffn, features, dtype=torch.float32), accumulate=True)
 
 

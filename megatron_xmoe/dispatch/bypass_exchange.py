@@ -65,10 +65,13 @@ class Arrived:
 
 
 @torch.no_grad()
-def start_dispatch(tokens: Tensor, weights: Tensor, copies: Copies, plan: Plan, links: Links) -> Underway:
+def start_dispatch(
+    tokens: Tensor, weights: Tensor, copies: Copies, plan: Plan, links: Links, overlap: bool
+) -> Underway:
     """Send pilots to other nodes and copies inside this one, with the indices and routing weights of all routes.
 
-    Args: tokens [T, H]; weights [N] of the routes in expert order; what was chosen for them.
+    Args: tokens [T, H]; weights [N] of the routes in expert order; what was chosen for them; whether the copies are
+        sent while the pilots are.
     """
     layout = Layout.of(plan.counts, together=False, meta=True)
     tables = Tables.of(layout, tokens.device)
@@ -80,8 +83,12 @@ def start_dispatch(tokens: Tensor, weights: Tensor, copies: Copies, plan: Plan, 
     rows = tokens.new_empty(end, tokens.shape[1])
     rows[:first] = tokens
     between = links.between(rows[first:inside], outgoing[:to_nodes], layout.between)
+    if not overlap:
+        between.wait()
     own_end = inside + sum(layout.inside[0].received)
     own = links.inside(rows[inside:own_end], outgoing[to_nodes:total], layout.inside[0])
+    if not overlap:
+        own.wait()
     return Underway(layout, tables, rows, between, own)
 
 

@@ -87,9 +87,8 @@ class RedundancyBypassDispatcher(PaddingFreeDispatcher):
             self.places = Places.of(self.topology.node_of, self.topology.rank, tokens.device)
         salt = salt_of(self.layer_number, self.ep_rank) if self.pilot == "balanced" else None
         copies = choose_copies(routes, self.num_local_experts, self.places, salt)
-        sent, received, everywhere = self._exchange_counts(routes, copies)
-        on_cpu = torch.cat([sent, received, everywhere]).cpu()  # the one host synchronisation of a pass
-        counts = self._counts(on_cpu, tokens, probs.dtype)
+        received, *told, everywhere = self._exchange_counts(routes, copies)
+        counts = self._counts(*told, tokens, probs.dtype)
         num_routes = int(counts.routes[0].sum())
         if recording():
             record_traffic(self.layer_number, self._traffic(counts))
@@ -101,18 +100,15 @@ class RedundancyBypassDispatcher(PaddingFreeDispatcher):
             number=copies.number.to(torch.int32),
             route_ranks=routes.expert_ids[:num_routes].to(torch.int64) // self.num_local_experts,
             slots=min(self.num_local_experts, routes.inverse.shape[1]),
-            arrival_order=self.sources > 1,
+            arrival_order=self.tp_size > 1,  # ranks that share experts may reach them by different dispatchers
         )
-        of_tensor_ranks = on_cpu[2 * self.ep_size :, -self.num_local_experts :]
         self.state = BypassState(
             hidden_shape=hidden_states.shape,
             kept_per_expert=routes.tokens_per_expert,
             probs_dtype=probs.dtype,
             plan=plan,
             copies=copies,
-            **self.arrival_state(
-                of_tensor_ranks.reshape(self.sources, self.ep_size, -1), tokens.device, ordered=self.sources == 1
-            ),
+            **self.arrival_state(everywhere, tokens.device, ordered=self.tp_size == 1),
         )
         return tokens, routes.combine_weights[:num_routes]
 
@@ -124,16 +120,16 @@ class RedundancyBypassDispatcher(PaddingFreeDispatcher):
         plan = self.state.plan
         if self.shared_experts is not None:
             self.shared_experts.wait_current_stream()
-        underway = start_dispatch(hidden_states.detach(), probs.detach(), self.state.copies, plan, self.links)
-        if not self.overlap:
-            underway.between.wait()
-            underway.own.wait()
-        elif self.shared_experts is not None:
+        underway = start_dispatch(
+            hidden_states.detach(), probs.detach(), self.state.copies, plan, self.links, self.overlap
+        )
+        if self.overlap and self.shared_experts is not None:
             self.shared_experts.linear_fc1_forward_and_act()
         arrived = finish_dispatch(underway, plan, self.links, probs.dtype)
         self.state = replace(self.state, copies=None, found=arrived.found)
         rows, weights = Dispatch.apply(hidden_states, probs, arrived, plan, self.links)
         if not self.overlap and self.shared_experts is not None:
+            self.shared_experts.wait_current_stream()
             self.shared_experts.linear_fc1_forward_and_act(rows)
         return rows, weights
 
@@ -144,6 +140,8 @@ class RedundancyBypassDispatcher(PaddingFreeDispatcher):
             self.shared_experts.wait_current_stream()
         output = Combine.apply(hidden_states, state.plan, state.found, self.links)
         if self.shared_experts is not None:
+            if not self.overlap:
+                self.shared_experts.wait_current_stream()
             self.shared_experts.linear_fc2_forward(output)
             self.shared_experts.post_forward_comm()
         return output
@@ -153,19 +151,23 @@ class RedundancyBypassDispatcher(PaddingFreeDispatcher):
         state, self.state = self.state, None
         return hidden_states.view(state.hidden_shape)
 
-    def _exchange_counts(self, routes: Routes, copies: Copies) -> tuple[Tensor, Tensor, Tensor]:
-        """On the device: what this rank tells each rank [G, 2R + L] (see Counts), what each rank tells it, and what
-        its `sources` are told [ETP * G, 2R + L]."""
+    def _exchange_counts(self, routes: Routes, copies: Copies) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What each rank tells this one [G, 2R + L] (see Counts), on the device; and on the CPU what this rank tells
+        each, what each tells it, and the routes [ETP, G, L] that its `sources` are told of, whose R can be others."""
         table = copies.counts.flatten()
         mirrored = torch.cat([table, table.new_zeros(1)])[self.places.mirror].view_as(copies.counts)
         per_rank = routes.tokens_per_expert.view(self.ep_size, self.num_local_experts)
         sent = torch.cat([copies.counts, mirrored, per_rank], dim=1)
         received = torch.empty_like(sent)
         dist.all_to_all_single(received, sent, group=self.ep_group)
-        return sent, received, self.of_tensor_ranks(received).flatten(0, 1)
+        everywhere = self.of_tensor_ranks(received[:, -self.num_local_experts :])
+        parts = sent, received, everywhere
+        flat = torch.cat([part.flatten() for part in parts]).cpu()  # the one host synchronisation of a pass
+        sizes = [part.numel() for part in parts]
+        on_cpu = [part.view(like.shape) for part, like in zip(flat.split(sizes), parts, strict=True)]
+        return received, *on_cpu
 
-    def _counts(self, on_cpu: Tensor, tokens: Tensor, probs_dtype: torch.dtype) -> Counts:
-        sent, received = on_cpu[: 2 * self.ep_size].chunk(2)
+    def _counts(self, sent: Tensor, received: Tensor, tokens: Tensor, probs_dtype: torch.dtype) -> Counts:
         return Counts(
             places=self.host_places,
             tokens=tokens.shape[0],

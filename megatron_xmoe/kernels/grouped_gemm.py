@@ -15,11 +15,10 @@ from megatron_xmoe import _optional
 from megatron_xmoe.kernels.registry import Candidate, KernelChoice, spoken, triton_is_usable
 
 BACKENDS = ("triton", "torch", "loop")
-MIXED = "triton+torch"
-# kind of device -> what "auto" tries in 16 bits, in this order; measured on one H200 (docs/benchmarks.md): Triton's
-# products are faster than torch's, torch's weight gradients faster than Triton's
+# kind of device -> what "auto" tries in 16 bits, in this order; on one H200 the MLP with Triton's products was ahead of
+# that with torch's at four of five shapes, and level at the fifth (docs/benchmarks.md)
 AUTO = {
-    "cuda": (MIXED, "triton", "loop"),
+    "cuda": ("triton", "torch", "loop"),
     "hip": ("triton", "loop"),
     "cpu": ("loop",),  # Triton's interpreter is for tests
 }
@@ -36,10 +35,8 @@ def grouped_gemm_candidates(device_type: str, dtype: torch.dtype, features: Iter
         "torch": _why_not_torch(device_type, dtype, tuple(features)),
         "loop": "",
     }
-    found[MIXED] = found["torch"] or found["triton"]
     usable = {
         "triton": "our Triton kernels, which gather the rows of the first product themselves",
-        MIXED: "our Triton kernels for products of rows, torch's grouped_mm (CUTLASS) for weight gradients",
         "torch": "torch's grouped_mm (CUTLASS)",
         "loop": "a product per expert, which runs everywhere",
     }

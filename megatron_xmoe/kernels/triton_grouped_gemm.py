@@ -16,8 +16,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from megatron_xmoe.kernels.triton_common import ceil_div, on, power_of_two
 
 MAP_BLOCK = 32  # row tiles of a program of the map kernel
+LARGE_TILE = 213_016  # bytes of shared memory that the largest tile needs, its way out included
 TMA_BYTES = 16  # what the length and the start of a row have to be a multiple of
-CLEARING, CLEARED = 8, 4096  # programs an expert, and elements that each clears at a time
 GROUP = 8  # row tiles that are computed next to each other, for the sake of the L2 cache
 
 
@@ -142,21 +142,15 @@ def weight_gradient_kernel(
             tl.store(target, total.to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit
-def clear_kernel(out, ends, SIZE, BLOCK: tl.constexpr):
-    """Zeros in out[e], of SIZE elements, for the experts e without rows."""
-    expert = tl.program_id(0)
-    start = tl.load(ends + expert - 1, mask=expert > 0, other=0)
-    if start == tl.load(ends + expert):
-        for first in range(tl.program_id(1) * BLOCK, SIZE, tl.num_programs(1) * BLOCK):
-            at = first + tl.arange(0, BLOCK)
-            tl.store(out + expert.to(tl.int64) * SIZE + at, tl.zeros([BLOCK], out.dtype.element_ty), mask=at < SIZE)
+def tile_of(tma: bool, itemsize: int, shared_memory: int) -> dict[str, int]:
+    """Launch parameters: rows, columns and depth of a tile; on a Hopper found by trying on one H200, else a guess.
 
-
-def tile_of(tma: bool, itemsize: int) -> dict[str, int]:
-    """Launch parameters: rows, columns and depth of a tile; with TMA found by trying on one H200, else a guess."""
-    if tma:
+    Args: whether tiles travel through the accelerator; bytes of an element; shared memory that a program may have.
+    """
+    if tma and shared_memory >= LARGE_TILE:
         return {"BM": 128, "BN": 256, "BK": 64, "num_warps": 8, "num_stages": 3}
+    if tma:  # consumer Blackwell has the accelerator, and 99 KiB
+        return {"BM": 128, "BN": 128, "BK": 64, "num_warps": 8, "num_stages": 2}
     tile = {"BM": 128, "BN": 128, "BK": 64 // itemsize, "num_warps": 8, "num_stages": 3}
     if torch.version.hip is not None:  # 64 KiB of shared memory
         tile.update(num_warps=4, num_stages=2)
@@ -184,7 +178,7 @@ def multiply(
         return out
     rows, weight = rows.contiguous(), weight.contiguous()
     tma = has_tma(rows.device) and fits_tma(rows, weight, out)
-    tile = tile_of(tma, rows.element_size())
+    tile = tile_of(tma, rows.element_size(), shared_memory(rows.device))
     BM, BN, BK = tile["BM"], tile["BN"], tile["BK"]
     with on(rows):
         programs = processors(rows.device) * (1 if tma else 2)
@@ -220,7 +214,7 @@ def weight_gradient(
         return out if accumulate else out.zero_()
     grad, rows = grad.contiguous(), rows.contiguous()
     tma = has_tma(grad.device) and fits_tma(grad, rows)
-    tile = tile_of(tma, grad.element_size())
+    tile = tile_of(tma, grad.element_size(), shared_memory(grad.device))
     tile["BN"], tile["BD"] = tile.pop("BM"), tile["BN"]
     with on(grad):
         if tma:
@@ -233,18 +227,10 @@ def weight_gradient(
     return out
 
 
-def clear_empty(out: Tensor, ends: Tensor) -> Tensor:
-    """`out` [E, N, D], contiguous, changed in place: zeros for experts without rows. Args: ends, [E] int32."""
-    if out.numel():
-        with on(out):
-            clear_kernel[(out.shape[0], CLEARING)](out, ends, out[0].numel(), CLEARED)
-    return out
-
-
 def tile_map(ends: Tensor, num_rows: int, rows_of_tile: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The number of row tiles [1], and of each its first row, the end of its expert's rows and its expert; int32."""
     num_experts = ends.shape[0]
-    most = num_rows // rows_of_tile + num_experts
+    most = ceil_div(num_rows // rows_of_tile + num_experts, 4) * 4  # all three start at multiples of 16 bytes, always
     tiles = torch.empty(1, dtype=torch.int32, device=ends.device)
     rows, limits, experts = torch.empty(3, most, dtype=torch.int32, device=ends.device)
     map_kernel[(ceil_div(most, MAP_BLOCK),)](
@@ -267,6 +253,14 @@ def has_tma(device: torch.device) -> bool:
     if device.type != "cuda":
         return True
     return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+@cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that a program can have; a Hopper's where there is no GPU."""
+    if device.type != "cuda":
+        return 232_448
+    return getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 0)
 
 
 @cache

@@ -148,17 +148,7 @@ class TritonGemm(GroupedGemm):
         return self.kernels.weight_gradient(grad, rows, groups.ends, into, accumulate=into is not None)
 
 
-class Mixed(TritonGemm):
-    """Our products of rows, and torch's weight gradients where these need not be added to an fp32 tensor."""
-
-    def weight_gradient(self, grad, rows, groups, into=None):
-        if into is not None:
-            return super().weight_gradient(grad, rows, groups, into)
-        result = F.grouped_mm(grad.t(), rows, offs=groups.ends)
-        return self.kernels.clear_empty(result, groups.ends)  # see TorchGroupedMM; this waits for no counts
-
-
-_CLASSES = {"loop": Loop, "torch": TorchGroupedMM, "triton": TritonGemm, "triton+torch": Mixed}
+_CLASSES = {"loop": Loop, "torch": TorchGroupedMM, "triton": TritonGemm}
 
 
 def backend(name: str) -> GroupedGemm:

@@ -96,6 +96,7 @@ class _GroupedMLP(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         tensor, probs, weight1, weight2, bias1, bias2, index, inverse, hidden = ctx.saved_tensors
+        ctx.maybe_clear_saved_tensors()  # the pre-activation goes before the weights' gradients come
         plan, needed, grad = ctx.plan, ctx.needs_input_grad, grad.contiguous()
         groups, gemm = plan.groups, plan.gemm
         rows = grad_tensor = grad_weight1 = grad_weight2 = grad_bias1 = grad_bias2 = None

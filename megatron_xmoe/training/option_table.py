@@ -130,7 +130,8 @@ LIMITED: dict[str, Limit] = {
     ),
     "moe_router_force_load_balancing": Limit(
         "ranks with the same tokens would draw different routes for them",
-        lambda args: not args.moe_router_force_load_balancing or sequence_mode(args) != "duplicated",
+        lambda args: not args.moe_router_force_load_balancing
+        or not (sequence_mode(args) == "duplicated" or (args.seq_length or 0) % args.tensor_model_parallel_size),
         "use --xmoe-sequence-shard on or --sequence-parallel",
         ("forced balance",),
     ),

@@ -50,6 +50,7 @@ LAYERS_OF_EIGHT = [
     Placed(Case(4, 8, 3, tp=2, etp=2, lengths=EIGHT), "4"),  # expert-parallel groups of every other rank
     Placed(Case(4, 8, 3, tp=2, etp=2, lengths=EIGHT, capacity=0.7), "6,2"),
     Placed(Case(4, 4, 3, tp=2, etp=2, lengths=EIGHT, shared=True, overlap=True), "4"),
+    Placed(Case(4, 8, 3, tp=2, etp=2, lengths=EIGHT), "3,5"),  # ranks that share experts see nodes of other sizes
     Placed(Case(8, 16, 5, tp=2, lengths=EIGHT), "3,5"),
     Placed(Case(4, 8, 3, lengths=EIGHT), "2"),  # two groups, four nodes
 ]

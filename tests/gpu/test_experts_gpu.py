@@ -22,7 +22,7 @@ ACTIVATIONS = {"SwiGLU": (F.silu, True), "GeGLU": (F.gelu, True), "GELU": (F.gel
                "squared ReLU": (squared_relu, False)}  # fmt: skip
 
 
-@pytest.fixture(params=["triton", "torch", "loop", "triton+torch"])
+@pytest.fixture(params=["triton", "torch", "loop"])
 def name(request) -> str:
     """A backend of the products; skipped with the reason where it cannot run on this GPU."""
     from megatron_xmoe.kernels.grouped_gemm import grouped_gemm_candidates

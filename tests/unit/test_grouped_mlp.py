@@ -401,19 +401,18 @@ def test_auto_takes_what_the_table_says(monkeypatch):
     assert choice.choose_grouped_gemm("auto", "cpu", torch.float32).name == "loop"
     monkeypatch.setattr(choice, "_why_not_triton", lambda *_: "not today")
     monkeypatch.setattr(choice, "_why_not_torch", lambda *_: "")
-    found = choice.choose_grouped_gemm("auto", "cuda", torch.bfloat16)
-    assert found.name == "loop" and "not triton+torch: not today; triton: not today" in found.reason
-    monkeypatch.setattr(choice, "_why_not_triton", lambda *_: "")
     monkeypatch.setattr(torch.version, "hip", None)
-    assert choice.choose_grouped_gemm("auto", "cuda", torch.bfloat16).name == "triton+torch"
-    assert choice.choose_grouped_gemm("auto", "cuda", torch.float32).name == "loop"
-    monkeypatch.setattr(choice, "_why_not_torch", lambda *_: "an older GPU")
-    assert choice.choose_grouped_gemm("auto", "cuda", torch.float16).name == "triton"
-    monkeypatch.setattr(torch.version, "hip", "7.0")
+    found = choice.choose_grouped_gemm("auto", "cuda", torch.bfloat16)
+    assert found.name == "torch" and "not triton: not today" in found.reason
+    monkeypatch.setattr(choice, "_why_not_triton", lambda *_: "")
     assert choice.choose_grouped_gemm("auto", "cuda", torch.bfloat16).name == "triton"
+    assert choice.choose_grouped_gemm("auto", "cuda", torch.float32).name == "loop"
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    monkeypatch.setattr(choice, "_why_not_triton", lambda *_: "not today")
+    assert choice.choose_grouped_gemm("auto", "cuda", torch.bfloat16).name == "loop"
     assert choice.choose_grouped_gemm("loop", "cuda", torch.bfloat16).reason.startswith("pinned")
     for row in choice.AUTO.values():
-        assert row[-1] == "loop" and set(row) <= {*choice.BACKENDS, choice.MIXED}
+        assert row[-1] == "loop" and set(row) <= set(choice.BACKENDS)
 
 
 @pytest.mark.parametrize("dtype, features, device, reason", [

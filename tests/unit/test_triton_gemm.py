@@ -26,7 +26,7 @@ DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 TOLERANCE = {torch.float16: torch.bfloat16}
 
 
-def small_tile(tma: bool, itemsize: int) -> dict[str, int]:
+def small_tile(tma: bool, itemsize: int, shared_memory: int) -> dict[str, int]:
     """Tiles so small that the cases have several in each direction."""
     return {"BM": 16, "BN": 32, "BK": 16}
 
