@@ -39,7 +39,10 @@ COMMAND_LINES = {
     "matrix products": ("--xmoe-grouped-gemm torch", ["--xmoe-grouped-gemm torch cannot run on", "Fix:"]),
     "not served with these values": ("--recompute-granularity selective --recompute-modules moe_act",
                                      ["--recompute-modules moe_act", "Fix:"]),
-    "sequence parallelism": ("--tensor-model-parallel-size 2", ["--sequence-parallel", "Fix:"]),
+    "sequence parallelism": (
+        "--tensor-model-parallel-size 2 --sequence-parallel --seq-length 15",
+        ["--tensor-model-parallel-size, 2", "--seq-length, 15", "Fix:"],
+    ),
     "no size of a node": ("--xmoe-ranks-per-node 2,x", ["--xmoe-ranks-per-node is '2,x'", "Fix:"]),
     "nodes that are not filled": ("--xmoe-ranks-per-node 4", ["--xmoe-ranks-per-node 4", "2", "Fix:"]),
     "placement with a stage between": (

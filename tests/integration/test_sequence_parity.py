@@ -61,7 +61,7 @@ CASES = {
     "TP4 x EP2": Case(4, f"{TP4} {EP2}"),
     "TP4 x EP4": Case(4, f"{TP4} {EP4}"),
     "TP4 x EP2, duplicated, sharded experts": Case(4, f"{TP4} {EP2} --expert-tensor-parallel-size 2"),
-    "PP2 x TP2": Case(4, f"{PP2} {TP2} {EP2}", slow=False),
+    "PP2 x TP2": Case(4, f"{PP2} {TP2} {EP2}"),
     "interleaved PP2 x TP2": Case(4, f"{PP2} {TP2} {EP2} --num-virtual-stages-per-pipeline-rank 3"),
 }
 
@@ -159,7 +159,7 @@ def updates_of(record: Record) -> dict[str, torch.Tensor]:
     return {name: after[name] - start for name, start in before.items()}
 
 
-@pytest.mark.parametrize("shared", ["tensor", "sequence"])
+@pytest.mark.parametrize("shared", ["tensor", pytest.param("sequence", marks=pytest.mark.slow)])
 def test_checkpoints_are_megatrons(shared, references, tmp_path):
     """What a sharded run saves has the names, shapes and values of what stock Megatron saves in one process."""
     weights, *_ = references("")
