@@ -1,8 +1,8 @@
 """Row movement: `gather_rows` and `gather_sum`, each the other's backward.
 
 All data movement of X-MoE is one of these two with some index array: permute and unpermute (paper, section 4.1,
-padding-free token buffers), the reordering after an exchange, and later pilots and replicas. Nothing here uses
-atomics; a row's contributions are added in a fixed order in fp32.
+padding-free token buffers), the reordering after an exchange, the pilots and copies of redundancy
+bypassing. Nothing here uses atomics; a row's contributions are added in a fixed order in fp32.
 """
 
 from dataclasses import dataclass
