@@ -110,3 +110,13 @@ def test_tile_map(interpreted, sizes):
     assert_same(count, torch.tensor([len(expected)], dtype=torch.int32))
     found = [column[: len(expected)].tolist() for column in (rows, limits, experts)]
     assert list(zip(*found, strict=True)) == expected
+
+
+@pytest.mark.parametrize("shared_memory", [232_448, 101_376], ids=["Hopper", "consumer Blackwell"])
+def test_tiles_fit_into_shared_memory(shared_memory):
+    """The stages of both factors, and the result on its way out."""
+    from megatron_xmoe.kernels.triton_grouped_gemm import tile_of
+
+    tile = tile_of(True, 2, shared_memory)
+    factors = tile["num_stages"] * (tile["BM"] + tile["BN"]) * tile["BK"]
+    assert 2 * (factors + tile["BM"] * tile["BN"]) <= shared_memory
