@@ -294,6 +294,13 @@ def _check_saved(reader: XMoEReader, saved: dict[str, object]) -> None:
             f"{reader.directory} has checkpoint_version {version}, which orders queries, keys and values otherwise; "
             "2 and later are converted"
         )
+    shared = reader.shared[0]
+    rotary = saved.get("use_rotary_position_embeddings") or any(map(DERIVED.search, shared))
+    if rotary and any(name.endswith("position_embeddings.weight") for name in shared):
+        raise ConversionError(
+            f"{reader.directory} has learned positions and was trained with use_rotary_position_embeddings as well; "
+            "Megatron-Core's model has one kind. Fix: none; train with --no-position-embedding"
+        )
 
 
 def _feed_forward(reader: XMoEReader, slots: dict[str, Slot], layers: int, topk: int | None) -> dict[str, object]:

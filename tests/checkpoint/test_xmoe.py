@@ -115,6 +115,26 @@ def test_what_megatron_orders_or_computes_otherwise_is_refused(original, tmp_pat
         xmoe_to_megatron(folder, tmp_path / "megatron", Options())
 
 
+@pytest.mark.parametrize("rotary", ["argument", "frequencies", None])
+def test_two_kinds_of_positions_are_refused(original, tmp_path, rotary):
+    """As the published scripts train: --use-rotary-position-embeddings without --no-position-embedding."""
+    model, _ = original
+    size = original_xmoe.HIDDEN // original_xmoe.HEADS
+    added = {"language_model.embedding.position_embeddings.weight": torch.randn(64, original_xmoe.HIDDEN)}
+    if rotary == "frequencies":
+        added["language_model.rotary_pos_emb.inv_freq"] = 10000.0 ** (-torch.arange(0, size, 2) / size)
+    original_xmoe.save(model | added, tmp_path / "both")
+    if rotary == "argument":
+        rewritten(tmp_path / "both", use_rotary_position_embeddings=True)
+    if rotary is None:
+        xmoe_to_megatron(tmp_path / "both", tmp_path / "megatron", Options())
+        assert "--position-embedding-type learned_absolute" in (tmp_path / "megatron" / ARGUMENTS).read_text()
+        return
+    with pytest.raises(ConversionError, match="learned positions and was trained with use_rotary_position_embeddings"):
+        xmoe_to_megatron(tmp_path / "both", tmp_path / "megatron", Options())
+    assert not (tmp_path / "megatron").exists()
+
+
 class Touch:
     """Pickles to a call that creates a file."""
 
