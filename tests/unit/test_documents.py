@@ -12,8 +12,9 @@ ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = sorted([ROOT / "README.md", ROOT / "patches" / "README.md", *(ROOT / "docs").glob("*.md")])
 TOP = (".ci", "csrc", "docs", "megatron_xmoe", "patches", "tests", "tools")
 SOURCES = (".py", ".sh", ".cu", ".cpp", ".h", ".sbatch")
-OF_OTHERS = {"cudaMemset"}
-SCRIPTS_OF_MEGATRON_LM = {"pretrain_gpt.py", "pretrain_hybrid.py", "train_rl.py"}  # not in the wheel
+OF_OTHERS = {"cudaMemset", "tflops_parser"}
+# of Megatron-LM, not in the wheel; of the original X-MoE
+SCRIPTS_OF_OTHERS = {"pretrain_gpt.py", "pretrain_hybrid.py", "train_rl.py", "X-MoE-Small-node-1.sh"}
 
 FENCE = re.compile(r"^( *)```.*?^\1```[^\n]*$", re.M | re.S)
 SPAN = re.compile(r"`([^`]+)`")
@@ -89,7 +90,7 @@ def is_there(path: str) -> bool:
 
 def names_a_file(name: str) -> bool:
     """Whether a file name, or the end of a path, is one of the repository's or of Megatron's."""
-    if name in SCRIPTS_OF_MEGATRON_LM:
+    if name in SCRIPTS_OF_OTHERS:
         return True
     if name.startswith("megatron/"):
         return (wheel().parent / name).is_file()
