@@ -16,6 +16,7 @@ from megatron_xmoe.training.checks import check_arguments
 from megatron_xmoe.training.defaults import adjust
 from megatron_xmoe.training.options import check_options
 
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = sorted([ROOT / "README.md", ROOT / "patches" / "README.md", *(ROOT / "docs").glob("*.md")])
 PAGE = ROOT / "docs" / "from-x-moe.md"

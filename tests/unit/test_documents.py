@@ -179,6 +179,13 @@ def test_what_a_document_names_exists(document):
     assert not faults(document.read_text(), document)
 
 
+def test_the_example_of_the_start_up_block_has_the_programs_lines():
+    (block,) = re.findall(r"```\n(megatron_xmoe \d.*?)```", (ROOT / "docs" / "megatron.md").read_text(), re.S)
+    labels = {line[:13] for line in block.splitlines()[1:]}
+    source = (ROOT / "megatron_xmoe" / "training" / "report.py").read_text()
+    assert len(labels) > 8 and not [label for label in labels if f'"{label}' not in source]
+
+
 @pytest.mark.parametrize(
     ("text", "fault"),
     [
