@@ -147,22 +147,19 @@ class XMoETracker(MoEMetricsTracker):
     Everything has the same shape on every rank, whatever layers its pipeline stage holds, so that ranks can sum it.
     """
 
-    def __init__(
-        self, num_layers: int, num_experts: int, log_interval: int, level: str, breakdown: bool, memory: bool = True
-    ):
+    def __init__(self, num_layers: int, num_experts: int, log_interval: int, level: str, breakdown: bool):
         """Args:
         num_layers: of the whole model, those of multi-token prediction included.
         num_experts: E.
         log_interval: iterations between two reports.
         level: "off", "summary" or "layers" of --xmoe-metrics.
         breakdown: print the time of each stage.
-        memory: measure it; senseless where passes of several micro-batches are interleaved.
         """
         super().__init__()
         self.log_interval, self.level, self.breakdown = log_interval, level, breakdown
         self.num_layers, self.num_experts = num_layers, num_experts
         self._clock = StageClock(STAGES if breakdown else EXCHANGES)
-        self._memory = MemoryProbe() if memory else None
+        self._memory = MemoryProbe()
         self._first_iteration: int | None = None
         self._reset()
 
@@ -187,15 +184,13 @@ class XMoETracker(MoEMetricsTracker):
 
     def stage_begins(self, layer_number: int, stage: str) -> None:
         """A stage of a layer's forward pass begins."""
-        if self._memory is not None:
-            self._memory.begin(layer_number, stage)
+        self._memory.begin(layer_number, stage)
         self._clock.begin(layer_number, stage)
 
     def stage_ends(self, layer_number: int, stage: str) -> None:
         """The stage that began last ends."""
         self._clock.end(stage)
-        if self._memory is not None:
-            self._memory.end(layer_number)
+        self._memory.end(layer_number)
 
     def report(self, loss_scale: float, iteration: int, writer=None, wandb_writer=None, **options) -> str:
         """Megatron's report, once an iteration on every rank; at logged iterations with X-MoE's figures."""
@@ -207,7 +202,7 @@ class XMoETracker(MoEMetricsTracker):
         if iteration % self.log_interval == 0:
             text += self._log(iteration, writer, wandb_writer)
             self._first_iteration = iteration + 1
-        if self._memory is not None and iteration % MEMORY_INTERVAL == 1:
+        if iteration % MEMORY_INTERVAL == 1:
             self._memory.arm()
         return text
 
@@ -258,8 +253,7 @@ class XMoETracker(MoEMetricsTracker):
         exchanges, passes = sum(mine[stage] for stage in EXCHANGES), mine["passes"]
         exchanges, passes = (np.append(x, x.sum()) for x in (exchanges, passes))
         nanoseconds = np.rint(exchanges / np.maximum(passes, 1) * 1e6).astype(np.int64)
-        peaks = self._memory.peaks if self._memory is not None else {}
-        memory = [peaks.get(layer, 0) for layer in range(1, self.num_layers + 1)]
+        memory = [self._memory.peaks.get(layer, 0) for layer in range(1, self.num_layers + 1)]
         ranked = (
             np.where(exchanges > 0, (x << _RANK_BITS) + dist.get_rank(), _ABSENT) for x in (nanoseconds, -nanoseconds)
         )
@@ -285,9 +279,7 @@ def _write(scalars: dict[str, float], iteration: int, writer, wandb_writer) -> N
         wandb_writer.log(scalars, iteration)
 
 
-def install_metrics(
-    level: str, breakdown: bool, num_layers: int, num_experts: int, log_interval: int, memory: bool = True
-) -> None:
+def install_metrics(level: str, breakdown: bool, num_layers: int, num_experts: int, log_interval: int) -> None:
     """Make Megatron's loggers show X-MoE's figures; see XMoETracker."""
     if level != "off" or breakdown:
-        set_moe_metrics_tracker(XMoETracker(num_layers, num_experts, log_interval, level, breakdown, memory))
+        set_moe_metrics_tracker(XMoETracker(num_layers, num_experts, log_interval, level, breakdown))

@@ -23,9 +23,12 @@ import warnings
 from dataclasses import replace
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+TOOLS = Path(__file__).resolve().parent
+sys.path[:0] = [str(TOOLS), str(TOOLS.parent)]
 
-from megatron_xmoe.platform import cpu, wheel
+from command_line import OneLineErrorParser, positive_number  # noqa: E402
+
+from megatron_xmoe.platform import cpu, wheel  # noqa: E402
 
 SETTINGS = ("off", "summary", "layers", "layers + breakdown")
 WARM_UP = 3
@@ -33,7 +36,10 @@ WARM_UP = 3
 
 def options(on_gpu: bool) -> argparse.Namespace:
     """Command line; the defaults are X-MoE Small's layers on a GPU."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineErrorParser(
+        prog="benchmark_metrics.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    model, run = parser.add_argument_group("model"), parser.add_argument_group("run")
     sizes = {  # name: (default with GPUs, without, help)
         "layers": (4, 4, "MoE layers"),
         "hidden-size": (2048, 256, "hidden size"),
@@ -46,8 +52,13 @@ def options(on_gpu: bool) -> argparse.Namespace:
     }
     for name, (with_gpu, without, text) in sizes.items():
         default = with_gpu if on_gpu else without
-        parser.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"{text} (default: {default})")
-    return parser.parse_args()
+        group = run if name in ("rounds", "log-interval") else model
+        group.add_argument(f"--{name}", type=positive_number(int), default=default, metavar="N",
+                           help=f"{text} (default: {default})")  # fmt: skip
+    args = parser.parse_args()
+    if args.rounds < 2:
+        parser.error(f"--rounds is {args.rounds}; quartiles need 2")
+    return args
 
 
 def build(args: argparse.Namespace, device, dtype, ranks: int) -> list:

@@ -5,14 +5,18 @@
     torchrun --nproc-per-node 2 tools/generate.py --load DIR --prompt "..." --expert-model-parallel-size 2
 
 The model and the tokenizer are those of the arguments that the checkpoint was saved with; other options of Megatron's
-that are given here come after them and win. Only the completed prompts go to standard output. Nothing is dropped,
-whatever the training's capacity was, and nothing is cached between tokens: this is for looking at what was trained.
+that are given here come after them and win. Only the completed prompts go to standard output; what Megatron tells is
+shown if something fails, or with --verbose. Nothing is dropped, whatever the training's capacity was, and nothing is
+cached between tokens: this is for looking at what was trained.
 """
 
 import argparse
 import json
 import os
 import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 TOOLS = Path(__file__).resolve().parent
@@ -64,6 +68,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
                         help="sample among the fewest best with probability P together (default: 1)")  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, help="of the random numbers (default: 0)")
     parser.add_argument("--tokens", action="store_true", help="print lists of token numbers instead of text")
+    parser.add_argument("--verbose", action="store_true", help="show Megatron's messages, on standard error")
     options, rest = parser.parse_known_args(argv)
     if options.max_new_tokens < 1 or options.temperature < 0 or options.top_k < 0 or not 0 < options.top_p <= 1:
         parser.error("--max-new-tokens must be above 0, --temperature and --top-k at least 0, --top-p in (0, 1]")
@@ -77,24 +82,58 @@ def main(argv: list[str] | None = None) -> int:
     options, rest = parse(argv)
     results = os.fdopen(os.dup(1), "w")  # Megatron prints its progress to standard output
     os.dup2(2, 1)
-    from megatron_xmoe.platform import cpu, wheel
+    if not options.verbose and os.environ.get("RANK", "0") == "0":
+        print(f"generate.py: loading {options.load}", file=sys.stderr, flush=True)
     from megatron_xmoe.training.errors import UsageError, one_line
+
+    try:
+        with nullcontext() if options.verbose else messages_kept_back(UsageError):
+            lines = completions(options, rest)
+    except UsageError as error:
+        print(f"generate.py: error: {one_line(error)}", file=sys.stderr)
+        return 2
+    print(*lines, sep="\n", end="\n" if lines else "", file=results, flush=True)
+    return 0
+
+
+def completions(options: argparse.Namespace, rest: list[str]) -> list[str]:
+    """What is to be printed: a line for each prompt on the first rank, nothing on the others."""
+    from megatron_xmoe.platform import cpu, wheel
 
     on_cpu = cpu.needed()
     stand_ins = cpu.install() if on_cpu else []
     repairs = wheel.install()
     from megatron_xmoe.training.main import alone_without_launcher, prepare
 
-    try:
-        alone_without_launcher()
-        sys.argv = ["generate.py", *words(options, rest)]  # Megatron's parser reads it
-        job = prepare(on_cpu, len(stand_ins), len(repairs), run=lambda container, _: complete(container, options))
-        for line in job(0.0):
-            print(line, file=results, flush=True)
-    except UsageError as error:
-        print(f"generate.py: error: {one_line(error)}", file=sys.stderr)
-        return 2
-    return 0
+    alone_without_launcher()
+    sys.argv = ["generate.py", *words(options, rest)]  # Megatron's parser reads it
+    job = prepare(on_cpu, len(stand_ins), len(repairs), run=lambda container, _: complete(container, options))
+    return job(0.0)
+
+
+@contextmanager
+def messages_kept_back(told: type[Exception]) -> Iterator[None]:
+    """What this process writes meanwhile goes to a file, whose end is shown after any failure but an error `told`."""
+    sys.stdout.flush()
+    kept, failed = [os.dup(1), os.dup(2)], True
+    with tempfile.TemporaryFile() as log:
+        for output in (1, 2):
+            os.dup2(log.fileno(), output)
+        try:
+            yield
+            failed = False
+        except told:
+            failed = False
+            raise
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            for output, copy in zip((1, 2), kept, strict=True):
+                os.dup2(copy, output)
+                os.close(copy)
+            if failed:
+                log.seek(0)
+                os.write(2, b"".join(log.readlines()[-40:]))
 
 
 def words(options: argparse.Namespace, rest: list[str]) -> list[str]:

@@ -70,7 +70,6 @@ def use_backend(model_config, adjustments: list[str], stand_ins: int, repairs: i
             install_metrics(
                 *(xmoe.xmoe_metrics, xmoe.xmoe_profile_breakdown),
                 *(args.num_layers + (args.mtp_num_layers or 0), args.num_experts, args.log_interval),
-                memory=not args.overlap_moe_expert_parallel_comm,
             )
         return model_chunks
 

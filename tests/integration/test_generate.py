@@ -1,6 +1,7 @@
 """Completions of a trained checkpoint are the same with either backend and in any layout, and what was asked for."""
 
 import json
+import os
 from types import SimpleNamespace
 
 import pytest
@@ -73,6 +74,26 @@ def test_prompt_and_text(checkpoint, greedy):
                      "--max-new-tokens", "12", "--ckpt-step", "10")  # fmt: skip
     first, second = job.output.splitlines()
     assert first.split() == list(map(str, greedy)) and second.split()[0] == "1"
+    assert "arguments" not in job.errors and f"generate.py: loading {checkpoint}" in job.errors
+
+
+def test_messages(checkpoint, capfd):
+    assert "end of arguments" in generate(checkpoint, "--max-new-tokens", "1", "--verbose").errors
+    from tools.generate import messages_kept_back
+
+    def write(text, error=None):
+        with messages_kept_back(ValueError):
+            os.system(f"echo {text}; echo {text} >&2")
+            if error:
+                raise error
+
+    write("all is well")
+    with pytest.raises(ValueError):
+        write("told", ValueError("in one line"))
+    assert capfd.readouterr() == ("", "")
+    with pytest.raises(RuntimeError):
+        write("this failed", RuntimeError("no memory"))
+    assert capfd.readouterr() == ("", "this failed\nthis failed\n")
 
 
 @pytest.mark.parametrize(
