@@ -155,3 +155,13 @@ def test_the_pages_pattern_of_layers():
     (pattern,) = re.findall(r"`--moe-layer-freq (\S+)`", PAGE.read_text())
     parsed = parser().parse_args(["--moe-layer-freq", pattern]).moe_layer_freq
     assert parsed == [int(number % 2 == 0) for number in range(1, 29)]
+
+
+def test_the_defaults_that_the_page_names():
+    named = {
+        "moe_router_topk": 2, "moe_aux_loss_coeff": 0.0, "moe_layer_freq": 1, "moe_expert_capacity_factor": None,
+        "moe_token_drop_policy": "probs", "xmoe_min_capacity": 0, "xmoe_combine_weights": "probs",
+        "xmoe_dispatcher": "auto", "xmoe_sequence_shard": "auto", "initial_loss_scale": 2**32,
+        "attention_dropout": 0.1, "hidden_dropout": 0.1,
+    }  # fmt: skip
+    assert {name: parser().get_default(name) for name in named} == named
