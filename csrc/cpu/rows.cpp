@@ -2,6 +2,7 @@
 
 #include <cstdlib>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #include "elements.h"
@@ -13,7 +14,8 @@
 namespace xmoe::cpu {
 namespace {
 
-constexpr int64_t BLOCK = 1024;                 // columns at a time: sums and their result stay in the first cache
+constexpr int64_t BLOCK = 2048;                    // columns at a time: sums and their result stay in the first cache
+constexpr int64_t AHEAD = 4;                       // rows that a sum asks for before it needs them
 constexpr int64_t STREAM_FROM = int64_t(4) << 20;  // bytes of a result that the next reader will not find cached
 
 // The inner loops for one element type, for the instruction set of this machine.
@@ -23,7 +25,8 @@ struct RowLoops {
     void (*finish)();
     void (*scale)(T* to, const T* from, Accumulator<T> weight, int64_t H, bool stream);
     void (*dot_four)(const T* const* rows, const T* x, int64_t H, Accumulator<T>* dots);
-    void (*sum)(T* to, const T* const* rows, const Accumulator<T>* weights, int64_t count, int64_t H, bool stream);
+    void (*sum)(T* to, const T* const* rows, const Accumulator<T>* weights, int64_t count, const T* const* next,
+                int64_t next_count, int64_t H, bool stream);
 };
 
 #if XMOE_X86
@@ -172,18 +175,26 @@ void sum(const T* y, const I* index, const int64_t* offsets, const Accumulator<T
     const bool stream = T_ * bytes >= STREAM_FROM;
     const RowLoops<T> loop = loops<T>();
     parallel(T_, grain((K + 1) * bytes), [=](int64_t begin, int64_t end) {
-        std::vector<const T*> rows;
-        std::vector<Accumulator<T>> factors;
-        for (int64_t t = begin; t < end; ++t) {
-            rows.clear();
-            factors.clear();
+        std::vector<const T*> rows, next;
+        std::vector<Accumulator<T>> factors, next_factors;
+        const auto find = [&](int64_t t) {  // the rows of token t, into `next`
+            next.clear();
+            next_factors.clear();
+            if (t == end) return;
             const int64_t first = offsets ? offsets[t] : t * K, last = offsets ? offsets[t + 1] : (t + 1) * K;
             for (int64_t p = first; p < last; ++p) {
                 if (index[p] < 0) continue;
-                rows.push_back(y + int64_t(index[p]) * H);
-                factors.push_back(weights ? weights[p] : 1);
+                next.push_back(y + int64_t(index[p]) * H);
+                next_factors.push_back(weights ? weights[p] : 1);
             }
-            loop.sum(out + t * H, rows.data(), factors.data(), int64_t(rows.size()), H, stream);
+        };
+        find(begin);
+        for (int64_t t = begin; t < end; ++t) {
+            rows.swap(next);
+            factors.swap(next_factors);
+            find(t + 1);
+            loop.sum(out + t * H, rows.data(), factors.data(), int64_t(rows.size()), next.data(), int64_t(next.size()),
+                     H, stream);
         }
         loop.finish();
     });

@@ -68,33 +68,58 @@ void dot_four(const T* const* rows, const T* x, int64_t H, Accumulator<T>* dots)
     dots[0] = to_a, dots[1] = to_b, dots[2] = to_c, dots[3] = to_d;
 }
 
-// sum[j] += weights[0] * rows[0][j] + ... one after the other
+// sum[j] += weights[0] * rows[0][j] + ... one after the other. Meanwhile it asks for as many elements of `ahead` (at
+// most AHEAD places), into the second cache: the processor does not foresee where rows begin.
 template <int N, typename T>
 void add_rows(Accumulator<T>* __restrict__ sum, const T* const* rows, const Accumulator<T>* weights, int64_t start,
-              int64_t n) {
+              int64_t n, const T* const* ahead, int64_t ahead_count) {
+    constexpr int64_t LINE = 64 / sizeof(T);
     const T* row[N];
     Accumulator<T> weight[N];
     for (int i = 0; i < N; ++i) row[i] = rows[i] + start, weight[i] = weights[i];
+    const auto add = [&](int64_t from, int64_t to) {
 #pragma GCC ivdep
-    for (int64_t j = 0; j < n; ++j) {
-        Accumulator<T> total = sum[j];
-        for (int i = 0; i < N; ++i) total += weight[i] * load(row[i][j]);
-        sum[j] = total;
+        for (int64_t j = from; j < to; ++j) {
+            Accumulator<T> total = sum[j];
+            for (int i = 0; i < N; ++i) total += weight[i] * load(row[i][j]);
+            sum[j] = total;
+        }
+    };
+    int64_t j = 0;
+    for (; j + LINE <= n; j += LINE) {
+        for (int64_t i = 0; i < ahead_count; ++i) __builtin_prefetch(ahead[i] + j, 0, 2);
+        add(j, j + LINE);
     }
+    add(j, n);
 }
 
-// to[j] = sum over i < count of weights[i] * rows[i][j], rounded to T
+// to[j] = sum over i < count of weights[i] * rows[i][j], rounded to T; `next` are the rows of the sum after this one
 template <typename T>
-void sum_row(T* to, const T* const* rows, const Accumulator<T>* weights, int64_t count, int64_t H, bool stream) {
+void sum_row(T* to, const T* const* rows, const Accumulator<T>* weights, int64_t count, const T* const* next,
+             int64_t next_count, int64_t H, bool stream) {
     alignas(64) Accumulator<T> sum[BLOCK];
     alignas(64) T rounded[BLOCK];
     for (int64_t start = 0; start < H; start += BLOCK) {
         const int64_t n = H - start < BLOCK ? H - start : BLOCK;
+        const T* ahead[AHEAD];
+        int64_t places = 0;
+        const auto look_from = [&](int64_t i) {  // after row i - 1 of these columns
+            const bool here = i < count, in_row = start + n < H;
+            const T* const* from = here ? rows + i : in_row ? rows : next;
+            const int64_t left = here ? count - i : in_row ? count : next_count;
+            const int64_t column = here ? start : in_row ? start + n : 0;
+            places = left < AHEAD ? left : AHEAD;
+            for (int64_t a = 0; a < places; ++a) ahead[a] = from[a] + column;
+        };
+        const auto add = [&](auto N, int64_t i) {
+            look_from(i + N);
+            add_rows<N, T>(sum, rows + i, weights + i, start, n, ahead, places);
+        };
         for (int64_t j = 0; j < n; ++j) sum[j] = 0;
         int64_t i = 0;
-        for (; i + 4 <= count; i += 4) add_rows<4, T>(sum, rows + i, weights + i, start, n);
-        for (; i + 2 <= count; i += 2) add_rows<2, T>(sum, rows + i, weights + i, start, n);
-        for (; i < count; ++i) add_rows<1, T>(sum, rows + i, weights + i, start, n);
+        for (; i + 4 <= count; i += 4) add(std::integral_constant<int, 4>{}, i);
+        for (; i + 2 <= count; i += 2) add(std::integral_constant<int, 2>{}, i);
+        for (; i < count; ++i) add(std::integral_constant<int, 1>{}, i);
         for (int64_t j = 0; j < n; ++j) store(&rounded[j], sum[j]);
         copy_bytes(to + start, rounded, n * sizeof(T), stream);
     }
