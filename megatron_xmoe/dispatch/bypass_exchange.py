@@ -10,7 +10,7 @@ from torch.distributed import ProcessGroup
 from megatron_xmoe.dispatch import bypass_plan
 from megatron_xmoe.dispatch.bypass_plan import Found, Plan, Tables, spare_rows, units_of
 from megatron_xmoe.dispatch.exchange import Pending, start_exchange
-from megatron_xmoe.dispatch.layout import Layout, Splits
+from megatron_xmoe.dispatch.layout import Splits
 from megatron_xmoe.dispatch.pilots import Copies
 from megatron_xmoe.dispatch.raw_bits import read_bits, wire_dtype, write_bits
 from megatron_xmoe.ops import gather_rows, gather_sum
@@ -42,8 +42,6 @@ class Links:
 class Underway:
     """A dispatch whose first exchanges were started."""
 
-    layout: Layout
-    tables: Tables
     rows: Tensor
     """Rows at the experts, as far as they arrived."""
 
@@ -73,8 +71,8 @@ def start_dispatch(
     Args: tokens [T, H]; weights [N] of the routes in expert order; what was chosen for them; whether the copies are
         sent while the pilots are.
     """
-    layout = Layout.of(plan.counts, together=False, meta=True)
-    tables = Tables.of(layout, tokens.device)
+    tables = plan.there
+    layout = tables.layout
     to_nodes = sum(layout.between.sent)
     total = to_nodes + sum(layout.inside[0].sent)
     outgoing = gather_rows(tokens, bypass_plan.rows_to_send(plan, tables, 0, total))
@@ -89,7 +87,7 @@ def start_dispatch(
     own = links.inside(rows[inside:own_end], outgoing[to_nodes:total], layout.inside[0])
     if not overlap:
         own.wait()
-    return Underway(layout, tables, rows, between, own)
+    return Underway(rows, between, own)
 
 
 def _write_meta(rows: Tensor, weights: Tensor, copies: Copies, plan: Plan, tables: Tables, unsent: int) -> None:
@@ -110,7 +108,8 @@ def finish_dispatch(underway: Underway, plan: Plan, links: Links, dtype: torch.d
 
     Args: `dtype` of the routing weights.
     """
-    rows, layout, tables = underway.rows, underway.layout, underway.tables
+    rows, tables = underway.rows, plan.there
+    layout = tables.layout
     _, inside, end = layout.at_experts
     own_end = inside + sum(layout.inside[0].received)
     underway.between.wait()
@@ -128,8 +127,8 @@ def finish_dispatch(underway: Underway, plan: Plan, links: Links, dtype: torch.d
 
 def spread(tokens: Tensor, plan: Plan, found: Found, links: Links) -> Tensor:
     """Rows [M, H] of the routes from rows of the tokens [T, H], with the metadata of an earlier dispatch."""
-    layout = Layout.of(plan.counts, together=True, meta=False)
-    tables = Tables.of(layout, tokens.device)
+    tables = plan.back
+    layout = tables.layout
     _, inside, back, total = layout.at_tokens
     index = bypass_plan.rows_to_send(plan, tables, inside, total)
     first, _, end = layout.at_experts
@@ -157,20 +156,20 @@ def collect(
     Returns:
         [T, H]; [N] the numbers of the routes that this rank sent, None without `weights`.
     """
-    layout = Layout.of(plan.counts, together=True, meta=weights is not None)
-    tables = Tables.of(layout, rows.device)
+    tables = plan.back if weights is None else plan.back_with_weights
+    layout = tables.layout
     first, inside, end = layout.at_experts
     _, _, back, total = layout.at_tokens
     per_row, _, per_weight = units_of(plan.counts)
     summed = gather_sum(rows, bypass_plan.routes_of_rows(plan, found, tables, end + spare_rows(plan.counts)))
     if weights is not None:
-        remote = plan.places.node_of[found.source] != plan.places.node_of[plan.places.rank]
+        remote = plan.places.node_table[found.source] != int(plan.places.node_of[plan.places.rank])
         at = tables.weights_in[found.source] + found.arrival * per_weight
         write_bits(summed, torch.where(remote, end * per_row, at), weights)
     gathered = rows.new_empty(total, rows.shape[1])
     returned = links.inside(gathered[inside:back], summed[inside:end], layout.inside[0].back)
     gathered[:inside] = summed[:inside]
-    parts = bypass_plan.parts_of_pilots(plan, found, tables, layout)
+    parts = bypass_plan.parts_of_pilots(plan, found, tables)
     returned.wait()
     pilots = gather_sum(gathered[:back], parts)
     if weights is not None:

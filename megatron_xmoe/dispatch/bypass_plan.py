@@ -6,11 +6,13 @@ largest node, J ranks of this node, S most routes of a copy.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_xmoe.dispatch.layout import Counts, Layout
+from megatron_xmoe.dispatch.layout import Counts, Layout, starts
 from megatron_xmoe.dispatch.pilots import Places, find_copies
 from megatron_xmoe.dispatch.raw_bits import read_bits, unit_bytes
 from megatron_xmoe.ops import merge_order
@@ -39,6 +41,24 @@ class Plan:
 
     arrival_order: bool
     """Whether received routes stay in order of arrival (source, expert) instead of (expert, source)."""
+
+    @cached_property
+    def there(self) -> "Tables":
+        """Of the dispatch."""
+        return self._tables(together=False, meta=True)
+
+    @cached_property
+    def back(self) -> "Tables":
+        """Of the combine and its gradient."""
+        return self._tables(together=True, meta=False)
+
+    @cached_property
+    def back_with_weights(self) -> "Tables":
+        """Of the gradient of the dispatch."""
+        return self._tables(together=True, meta=True)
+
+    def _tables(self, together: bool, meta: bool) -> "Tables":
+        return Tables.of(Layout.of(self.counts, together, meta), self.received.device)
 
 
 @dataclass(frozen=True)
@@ -74,6 +94,7 @@ class Found:
 class Tables:
     """A layout's tables on the device, int64, in one transfer; see Layout. Bits are counted in units."""
 
+    layout: Layout
     pilots: Tensor
     copies: Tensor
     """[G * J]"""
@@ -98,28 +119,25 @@ class Tables:
         """Args: a layout; where the tables are needed."""
         counts = layout.counts
         units, word, weight = units_of(counts)
-        sent_lists, received_lists = counts.lists
-        forwarded = received_lists.sum(0)[: layout.forwards.shape[0]]
+        forwarded = counts.lists[1].sum(0)[: len(layout.forwards)]
         tables = {
             "pilots": layout.pilots,
             "copies": layout.copies,
             "sent_to": layout.sent_to,
-            "forwards": layout.forwards - (forwarded.cumsum(0) - forwarded),
+            "forwards": layout.forwards - starts(forwarded),
         }
-        sides = (("out", layout.meta_out, sent_lists, counts.routes[0]),
-                 ("in", layout.meta_in, received_lists, counts.routes[1]))  # fmt: skip
-        for side, meta, lists, routes in sides:
-            per_list, per_rank = lists.sum(1), routes.sum(1)
-            first = per_rank.cumsum(0) - per_rank
+        for number, (side, meta) in enumerate((("out", layout.meta_out), ("in", layout.meta_in))):
+            lists, per_rank = counts.lists[number], counts.routes[number].sum(1)
+            per_list, first = lists.sum(1), starts(per_rank)
             tables[f"routes_{side}"] = meta * units + (per_list - first) * word
             tables[f"weights_{side}"] = meta * units + (per_list + per_rank) * word - first * weight
             if side == "out":
-                tables["lists_out"] = (meta * units).unsqueeze(1) + (lists.cumsum(1) - lists) * word
+                tables["lists_out"] = (meta * units)[:, None] + (lists.cumsum(1) - lists) * word
             else:
-                tables["lists_in"] = meta * units - (per_list.cumsum(0) - per_list) * word
-        flat = torch.cat([table.flatten() for table in tables.values()]).to(device, non_blocking=True)
-        parts = flat.split([table.numel() for table in tables.values()])
-        return cls(**dict(zip(tables, parts, strict=True)))
+                tables["lists_in"] = meta * units - starts(per_list) * word
+        flat = np.concatenate([table.ravel() for table in tables.values()])
+        parts = torch.from_numpy(flat).to(device, non_blocking=True).split([table.size for table in tables.values()])
+        return cls(layout, **dict(zip(tables, parts, strict=True)))
 
 
 def units_of(counts: Counts) -> tuple[int, int, int]:
@@ -174,9 +192,9 @@ def routes_of_rows(plan: Plan, found: Found, tables: Tables, rows: int) -> Tenso
     return table.view(rows, plan.slots)
 
 
-def parts_of_pilots(plan: Plan, found: Found, tables: Tables, layout: Layout) -> Tensor:
+def parts_of_pilots(plan: Plan, found: Found, tables: Tables) -> Tensor:
     """[P + spare_rows, J] int64: the rows, at the tokens, that make up the sum of each of the P rows between nodes."""
-    first, end, _ = layout.at_experts
+    first, end, _ = tables.layout.at_experts
     width = len(plan.places.members)
     table = torch.full((end - first + spare_rows(plan.counts), width), -1, device=tables.pilots.device)
     table[: end - first, plan.places.local] = torch.arange(first, end, device=table.device)

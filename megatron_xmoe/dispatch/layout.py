@@ -17,58 +17,56 @@ Letters: G ranks of the group, R of the largest node, L experts of a rank, J ran
 from dataclasses import dataclass
 from functools import cached_property
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy import ndarray
 
 from megatron_xmoe.dispatch.pilots import Places
 
 
 @dataclass(frozen=True)
 class Counts:
-    """What this rank sends and receives: int64 tensors on the CPU; where there are two, sent and received."""
+    """What this rank sends and receives: int64 arrays on the host; where there are two, sent and received."""
 
     places: Places
-    """On the CPU."""
-
     tokens: int
     row_bytes: int
     weight_bytes: int
     """Of a routing weight on the wire, 4 or 8."""
 
-    sent: Tensor
+    sent: ndarray
     """[G, 2R + L]: what is told to each rank: the rows sent to it (in its own place's column) and those that it shall
     forward to each of its node, [R]; rows that each of its node forwards to it, [R]; routes to its experts, [L]."""
 
-    received: Tensor
+    received: ndarray
     """[G, 2R + L]: what each rank tells this one."""
 
     @cached_property
-    def rows(self) -> tuple[Tensor, Tensor]:
+    def rows(self) -> tuple[ndarray, ndarray]:
         """[G]: rows to and from each rank, those that others forward not counted."""
-        sent = self.sent.gather(1, self.places.local_of.unsqueeze(1)).squeeze(1)
-        return sent, self.received[:, self.places.local]
+        local_of = self.places.local_of
+        return self.sent[np.arange(len(local_of)), local_of], self.received[:, self.places.local]
 
     @cached_property
-    def lists(self) -> tuple[Tensor, Tensor]:
+    def lists(self) -> tuple[ndarray, ndarray]:
         """[G, R]: rows that each rank shall forward to each of its node, and those that this rank shall, by source."""
         width, local_of = self.places.width, self.places.local_of
-        other = torch.arange(width) != local_of.unsqueeze(1)
+        other = np.arange(width) != local_of[:, None]
         return self.sent[:, :width] * other, self.received[:, :width] * other[self.places.rank]
 
     @cached_property
-    def forwarded(self) -> Tensor:
+    def forwarded(self) -> ndarray:
         """[G, J]: rows of each rank's tokens that each of this node forwards to this rank."""
         width = self.places.width
         return self.received[:, width : width + len(self.places.members)]
 
     @cached_property
-    def routes(self) -> tuple[Tensor, Tensor]:
+    def routes(self) -> tuple[ndarray, ndarray]:
         """[G, L]: routes to each rank's experts, and from each rank to this one's."""
         first = 2 * self.places.width
         return self.sent[:, first:], self.received[:, first:]
 
     @cached_property
-    def meta_rows(self) -> tuple[Tensor, Tensor]:
+    def meta_rows(self) -> tuple[ndarray, ndarray]:
         """[G]: rows of raw bits: 4 bytes a row to forward, 4 and a weight a route."""
         sizes = (
             4 * lists.sum(1) + (4 + self.weight_bytes) * routes.sum(1)
@@ -92,7 +90,7 @@ class Splits:
 
 @dataclass(frozen=True)
 class Layout:
-    """Where everything is in the buffers of one exchange: first rows, int64 on the CPU. See the module's docstring."""
+    """Where everything is in the buffers of one exchange: first rows, int64 on the host. See the module's docstring."""
 
     counts: Counts
     between: Splits
@@ -101,22 +99,22 @@ class Layout:
     inside: tuple[Splits, ...]
     """Inside the node: (own, forwarded), or (both,)."""
 
-    pilots: Tensor
-    """[G] at the experts: pilots of each source."""
+    pilots: ndarray
+    """[G] at the experts: pilots of each source; of a source on this node, its own copies."""
 
-    copies: Tensor
+    copies: ndarray
     """[G, J] at the experts: copies of each source's tokens from each of this node."""
 
-    meta_in: Tensor
+    meta_in: ndarray
     """[G] at the experts: meta rows of each source."""
 
-    sent_to: Tensor
+    sent_to: ndarray
     """[G + 1] at the tokens: what was sent to each rank; of the last entry, the tokens themselves."""
 
-    meta_out: Tensor
+    meta_out: ndarray
     """[G] at the tokens: meta rows for each rank."""
 
-    forwards: Tensor
+    forwards: ndarray
     """[J] at the tokens: what this rank forwards to each of the node."""
 
     @classmethod
@@ -124,42 +122,43 @@ class Layout:
         """Args: `together`, one exchange inside the node and not two; whether there are meta rows."""
         places, (sent_rows, received_rows) = counts.places, counts.rows
         members, me = list(places.members), places.rank
-        own = places.node_of == places.node_of[me]
+        remote = places.node_of != places.node_of[me]
         sent, received = (rows + extra * meta for rows, extra in zip(counts.rows, counts.meta_rows, strict=True))
-        between = Splits(sent.masked_fill(own, 0).tolist(), received.masked_fill(own, 0).tolist())
-        forwarded_out = counts.lists[1].sum(0)[: len(members)]
-        forwarded_in = counts.forwarded.sum(0)
+        sent_abroad, received_abroad = sent * remote, received * remote
+        between = Splits(sent_abroad.tolist(), received_abroad.tolist())
+        forwarded_out, forwarded_in = counts.lists[1].sum(0)[: len(members)], counts.forwarded.sum(0)
         own_out, own_in = sent[members], received[members]
-        tokens, pilots = counts.tokens, counts.tokens + _starts(received.masked_fill(own, 0))
+        tokens, pilots = counts.tokens, counts.tokens + starts(received_abroad)
         inside_at = tokens + sum(between.received)
         if together:
-            inside = (_splits(own_out + forwarded_out, own_in + forwarded_in),)
-            own_at = inside_at + _starts(own_in + forwarded_in)
+            both_out, both_in = own_out + forwarded_out, own_in + forwarded_in
+            inside = (_splits(both_out, both_in),)
+            own_at = inside_at + starts(both_in)
             forwarded_at = own_at + own_in
-            own_sent_at = inside_at + _starts(own_out + forwarded_out)
+            own_sent_at = inside_at + starts(both_out)
             forwards = own_sent_at + own_out
             back_at = inside_at + sum(inside[0].sent)
         else:
             inside = (_splits(own_out, own_in), _splits(forwarded_out, forwarded_in))
-            own_at = inside_at + _starts(own_in)
-            forwarded_at = inside_at + sum(inside[0].received) + _starts(forwarded_in)
-            back_at, own_sent_at = 0, sum(between.sent) + _starts(own_out)
-            forwards = _starts(forwarded_out)
-        copies = forwarded_at + _starts(counts.forwarded)
+            own_at = inside_at + starts(own_in)
+            forwarded_at = inside_at + sum(inside[0].received) + starts(forwarded_in)
+            back_at, own_sent_at = 0, sum(between.sent) + starts(own_out)
+            forwards = starts(forwarded_out)
+        pilots[members] = own_at
+        copies = forwarded_at + starts(counts.forwarded)
         copies[:, places.local] = pilots
-        copies[members] = own_at.unsqueeze(1)
+        copies[members] = own_at[:, None]
         copies[me] = 0  # the tokens themselves
-        sent_to = back_at + _starts(sent.masked_fill(own, 0))
+        sent_to = back_at + starts(sent_abroad)
         sent_to[members] = own_sent_at
-        first_in = pilots.index_put((torch.tensor(members),), own_at)
         return cls(
             counts=counts,
             between=between,
             inside=inside,
             pilots=pilots,
             copies=copies,
-            meta_in=first_in + received_rows,
-            sent_to=torch.cat([sent_to, sent_to.new_zeros(1)]),
+            meta_in=pilots + received_rows,
+            sent_to=np.append(sent_to, 0),
             meta_out=sent_to + sent_rows,
             forwards=forwards,
         )
@@ -178,10 +177,10 @@ class Layout:
         return self.counts.tokens, inside_at, back_at, back_at + sum(self.between.sent)
 
 
-def _splits(sent: Tensor, received: Tensor) -> Splits:
+def _splits(sent: ndarray, received: ndarray) -> Splits:
     return Splits(sent.tolist(), received.tolist())
 
 
-def _starts(sizes: Tensor) -> Tensor:
+def starts(sizes: ndarray) -> ndarray:
     """First positions of segments of these sizes, along the first axis."""
     return sizes.cumsum(0) - sizes

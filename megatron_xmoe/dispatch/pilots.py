@@ -11,7 +11,9 @@ the largest node.
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
+from numpy import ndarray
 from torch import Tensor
 
 from megatron_xmoe.ops import Routes, build_routes
@@ -24,7 +26,7 @@ _MIX = (-0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15)  # splitmix64's multipliers, a
 
 @dataclass(frozen=True)
 class Places:
-    """Where the ranks of an expert-parallel group are, as tables on a device, and seen from one of them."""
+    """Where the ranks of an expert-parallel group are, seen from one of them."""
 
     rank: int
     """The rank that looks, in the group."""
@@ -35,11 +37,17 @@ class Places:
     width: int
     """R, the ranks of the largest node."""
 
-    node_of: Tensor
+    node_of: ndarray
     """[G] int64: node of each rank."""
 
-    local_of: Tensor
+    local_of: ndarray
     """[G] int64: place of each rank among those of its node."""
+
+    node_table: Tensor
+    """`node_of` on a device."""
+
+    local_table: Tensor
+    """`local_of` there."""
 
     mirror: Tensor
     """[G * R] int64: where a table [G * R] of what each rank forwards to each of its node has what a rank receives from
@@ -53,7 +61,7 @@ class Places:
     @property
     def ranks(self) -> int:
         """G."""
-        return self.node_of.shape[0]
+        return len(self.node_of)
 
     @classmethod
     def of(cls, node_of: tuple[int, ...], rank: int, device: torch.device | str) -> "Places":
@@ -67,7 +75,7 @@ class Places:
             for j in range(width)
         ]
         tables = (torch.tensor(values, device=device) for values in (node_of, local_of, mirror))
-        return cls(rank, tuple(nodes[rank]), width, *tables)
+        return cls(rank, tuple(nodes[rank]), width, np.array(node_of), np.array(local_of), *tables)
 
 
 @dataclass(frozen=True)
@@ -113,7 +121,7 @@ def choose_copies(routes: Routes, experts_per_rank: int, places: Places, salt: i
     kept = inverse >= 0
     experts = routes.expert_ids.index_select(0, inverse.clamp_min(0).flatten()).view_as(inverse)
     ranks = torch.where(kept, experts, 0).to(torch.int64) // experts_per_rank
-    key = (places.node_of[ranks] << _NODE) | ranks
+    key = (places.node_table[ranks] << _NODE) | ranks
     if salt is not None:
         key |= _hash(torch.where(kept, experts, -1), ranks, salt) << _RANK
     key, order = torch.sort(torch.where(kept, key, _NONE), dim=1, stable=True)
@@ -124,12 +132,12 @@ def choose_copies(routes: Routes, experts_per_rank: int, places: Places, salt: i
     starts_copy, starts_node = _starts_run(key), _starts_run(key >> _NODE)
     leader = torch.where(starts_copy, column, 0).cummax(1).values
     pilot = torch.where(starts_node, column, 0).cummax(1).values
-    own = places.node_of[ranks] == places.node_of[places.rank]
+    own = places.node_table[ranks] == int(places.node_of[places.rank])
     here = ranks == places.rank
     sends = kept & torch.where(own, starts_copy & ~here, starts_node)
     forwards = kept & starts_copy & ~starts_node & ~own
 
-    locals_, via = places.local_of[ranks], ranks.gather(1, pilot)
+    locals_, via = places.local_table[ranks], ranks.gather(1, pilot)
     lists = torch.where(forwards, via * places.width + locals_, -1)
     bins = torch.where(sends, ranks * places.width + locals_, lists)
     number_of_bins = places.ranks * places.width
@@ -139,7 +147,7 @@ def choose_copies(routes: Routes, experts_per_rank: int, places: Places, salt: i
     number = placed.inverse - (counts.cumsum(0) - counts)[bins.clamp_min(0)]
     token = torch.arange(tokens, device=key.device).unsqueeze(1)
     number = torch.where(here, token, number)
-    via_local = torch.where(own, places.local, places.local_of[via])
+    via_local = torch.where(own, places.local, places.local_table[via])
     slots = min(experts_per_rank, per_token)
     words = (number.gather(1, leader) * places.width + via_local) * slots + column - leader
     return Copies(

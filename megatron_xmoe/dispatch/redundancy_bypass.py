@@ -2,10 +2,12 @@
 
 from dataclasses import replace
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
+from numpy import ndarray
 from torch import Tensor
 
 from megatron_xmoe.dispatch.base import PaddingFreeDispatcher
@@ -64,8 +66,7 @@ class RedundancyBypassDispatcher(PaddingFreeDispatcher):
         self.pilot = pilot
         self.overlap = overlap
         self.links = Links(self.ep_group, topology.intra_group, self.guard)
-        self.host_places = Places.of(topology.node_of, topology.rank, "cpu")
-        self.places = self.host_places
+        self.places = Places.of(topology.node_of, topology.rank, "cpu")
 
     def dispatch_preprocess(
         self, hidden_states: Tensor, routing_map: Tensor, probs: Tensor
@@ -83,7 +84,7 @@ class RedundancyBypassDispatcher(PaddingFreeDispatcher):
         routes = self.routes_of(routing_map, probs)
         tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
         self._check_size(*routes.inverse.shape)
-        if self.places.node_of.device != tokens.device:
+        if self.places.mirror.device != tokens.device:
             self.places = Places.of(self.topology.node_of, self.topology.rank, tokens.device)
         salt = salt_of(self.layer_number, self.ep_rank) if self.pilot == "balanced" else None
         copies = choose_copies(routes, self.num_local_experts, self.places, salt)
@@ -151,8 +152,8 @@ class RedundancyBypassDispatcher(PaddingFreeDispatcher):
         state, self.state = self.state, None
         return hidden_states.view(state.hidden_shape)
 
-    def _exchange_counts(self, routes: Routes, copies: Copies) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """What each rank tells this one [G, 2R + L] (see Counts), on the device; and on the CPU what this rank tells
+    def _exchange_counts(self, routes: Routes, copies: Copies) -> tuple[Tensor, ndarray, ndarray, Tensor]:
+        """What each rank tells this one [G, 2R + L] (see Counts), on the device; and on the host what this rank tells
         each, what each tells it, and the routes [ETP, G, L] that its `sources` are told of, whose R can be others."""
         table = copies.counts.flatten()
         mirrored = torch.cat([table, table.new_zeros(1)])[self.places.mirror].view_as(copies.counts)
@@ -165,11 +166,11 @@ class RedundancyBypassDispatcher(PaddingFreeDispatcher):
         flat = torch.cat([part.flatten() for part in parts]).cpu()  # the one host synchronisation of a pass
         sizes = [part.numel() for part in parts]
         on_cpu = [part.view(like.shape) for part, like in zip(flat.split(sizes), parts, strict=True)]
-        return received, *on_cpu
+        return received, *(part.numpy() for part in on_cpu[:2]), on_cpu[2]
 
-    def _counts(self, sent: Tensor, received: Tensor, tokens: Tensor, probs_dtype: torch.dtype) -> Counts:
+    def _counts(self, sent: ndarray, received: ndarray, tokens: Tensor, probs_dtype: torch.dtype) -> Counts:
         return Counts(
-            places=self.host_places,
+            places=self.places,
             tokens=tokens.shape[0],
             row_bytes=tokens.shape[1] * tokens.element_size(),
             weight_bytes=wire_dtype(probs_dtype).itemsize,
@@ -179,10 +180,10 @@ class RedundancyBypassDispatcher(PaddingFreeDispatcher):
 
     def _traffic(self, counts: Counts) -> Traffic:
         remote = counts.places.node_of != counts.places.node_of[counts.places.rank]
-        other = torch.arange(self.ep_size) != self.ep_rank
-        rows, routes = counts.rows[0], counts.routes[0].sum(dim=1)
+        other = np.arange(self.ep_size) != self.ep_rank
+        rows, routes = counts.rows[0], counts.routes[0].sum(1)
         # besides meta rows, each rank gets its counts
-        metadata = counts.meta_rows[0] * counts.row_bytes + counts.sent.shape[1] * counts.sent.element_size()
+        metadata = counts.meta_rows[0] * counts.row_bytes + counts.sent.shape[1] * counts.sent.itemsize
         return Traffic(
             routes=int(routes.sum()),
             routes_remote=int(routes[remote].sum()),
@@ -191,7 +192,7 @@ class RedundancyBypassDispatcher(PaddingFreeDispatcher):
             row_bytes=counts.row_bytes,
             inter_metadata=int(metadata[remote].sum()),
             intra_metadata=int(metadata[~remote & other].sum()),
-            padded_rows=self.padded_rows(counts.routes[0], counts.tokens),
+            padded_rows=self.padded_rows(torch.from_numpy(counts.routes[0]), counts.tokens),
         )
 
     def _check_size(self, tokens: int, topk: int) -> None:

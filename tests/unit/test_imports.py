@@ -40,7 +40,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "figures": ("numpy", *ours("profiling")),
     "parallel_state": ("torch", "megatron.core", *ours(*LEAVES)),
     "metrics": ("torch", "numpy", "megatron.core", *ours("parallel_state", "profiling", "figures", *LEAVES)),
-    "dispatch": ("torch", *DISPATCHER_BASE, *ours("ops", "parallel_state", "metrics", "profiling", *LEAVES)),
+    "dispatch": ("torch", "numpy", *DISPATCHER_BASE, *ours("ops", "parallel_state", "metrics", "profiling", *LEAVES)),
     **dict.fromkeys(LAYERS, ("torch", "megatron.core", *ours(*OURS_BELOW_LAYERS, *LAYERS))),
     **dict.fromkeys(
         ("specs", "backend"),

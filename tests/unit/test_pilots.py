@@ -138,8 +138,8 @@ def world_of_counts(node_of, local, topk, row_bytes=64, weight_bytes=4) -> list[
         per_rank = routes.tokens_per_expert.view(len(node_of), local)
         told.append(torch.cat([copies.counts, mirrored.view_as(copies.counts), per_rank], dim=1))
     return [
-        Counts(Places.of(node_of, rank, "cpu"), 3 + 2 * rank, row_bytes, weight_bytes, told[rank],
-               torch.stack([one[rank] for one in told]))
+        Counts(Places.of(node_of, rank, "cpu"), 3 + 2 * rank, row_bytes, weight_bytes, told[rank].numpy(),
+               torch.stack([one[rank] for one in told]).numpy())
         for rank in range(len(node_of))
     ]  # fmt: skip
 
