@@ -176,7 +176,7 @@ def run_pass(case: Passage, dispatcher, rank: int, checkpointed: bool = False) -
     def passing(x, probs, matrices):
         rows, weights = dispatcher.dispatch_preprocess(x, routing_map, probs)
         if hasattr(dispatcher.state, "plan"):
-            noted["pilots"].append(dispatcher.state.plan.target)
+            noted["pilots"].append(dispatcher.state.plan.bins)
             noted["rows"] = dispatcher.state.plan.counts.rows[0]
         rows, weights = dispatcher.token_dispatch(rows, weights)
         rows, tokens_per_expert, weights = dispatcher.dispatch_postprocess(rows, weights)

@@ -110,14 +110,16 @@ def bypass_rows() -> tuple[list[Row], list[Row]]:
     """Rows of redundancy bypassing for TOKENS: what their rank sends, and what the pilots' ranks forward."""
     ids = torch.tensor(TOKENS)
     routes = build_routes(ids, torch.ones(ids.shape), len(NODE_OF) * LOCAL_EXPERTS)
-    copies = choose_copies(routes, LOCAL_EXPERTS, Places.of(NODE_OF, 0, "cpu"), salt_of(1, 0))
+    copies = choose_copies(routes, Places.of(NODE_OF, 0, LOCAL_EXPERTS, "cpu"), salt_of(1, 0))
     width = max(Counter(NODE_OF).values())
     sent, forwarded = [], []
-    for token, (targets, lists) in enumerate(zip(copies.target.tolist(), copies.lists.tolist(), strict=True)):
-        sent += [Row(0, target, token) for target in targets if 0 <= target < len(NODE_OF)]
-        for pilot, place in (divmod(entry, width) for entry in lists if entry >= 0):
-            members = [rank for rank, node in enumerate(NODE_OF) if node == NODE_OF[pilot]]
-            forwarded.append(Row(pilot, members[place], token))
+    for token, bins in enumerate(copies.bins.tolist()):
+        for pilot, place in (divmod(entry, width) for entry in bins if 0 <= entry < len(NODE_OF) * width):
+            receiver = [rank for rank, node in enumerate(NODE_OF) if node == NODE_OF[pilot]][place]
+            if receiver == pilot:
+                sent.append(Row(0, pilot, token))
+            else:
+                forwarded.append(Row(pilot, receiver, token))
     return sent, forwarded
 
 
@@ -147,9 +149,10 @@ def measured_redundancy(ranks: int, node_size: int, topk: int = MANY_TOPK, exper
     node_of, local = nodes(ranks, node_size), experts // ranks
     generator = torch.Generator().manual_seed(ranks)
     ids = torch.rand(MEASURED_TOKENS, experts, generator=generator).topk(topk).indices
-    copies = choose_copies(build_routes(ids, torch.ones(ids.shape), experts), local, Places.of(node_of, 0, "cpu"), 1)
-    targets = copies.target[(copies.target >= 0) & (copies.target < ranks)]
-    rows = sum(node_of[target] != 0 for target in targets.tolist())
+    places = Places.of(node_of, 0, local, "cpu")
+    copies = choose_copies(build_routes(ids, torch.ones(ids.shape), experts), places, 1)
+    sent = copies.counts[:-1].view(ranks, node_size)[torch.arange(ranks), torch.from_numpy(places.local_of)]
+    rows = int(sent[torch.from_numpy(places.remote)].sum())
     return 1 - rows / int((ids >= node_size * local).sum())
 
 

@@ -8,12 +8,12 @@ from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
 from megatron_xmoe.dispatch import bypass_plan
-from megatron_xmoe.dispatch.bypass_plan import Found, Plan, Tables, spare_rows, units_of
+from megatron_xmoe.dispatch.bypass_plan import Found, Plan, spare_rows
 from megatron_xmoe.dispatch.exchange import Pending, start_exchange
 from megatron_xmoe.dispatch.layout import Splits
-from megatron_xmoe.dispatch.pilots import Copies
 from megatron_xmoe.dispatch.raw_bits import read_bits, wire_dtype, write_bits
 from megatron_xmoe.ops import gather_rows, gather_sum
+from megatron_xmoe.ops.bypass import Numbered
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Arrived:
 
 @torch.no_grad()
 def start_dispatch(
-    tokens: Tensor, weights: Tensor, copies: Copies, plan: Plan, links: Links, overlap: bool
+    tokens: Tensor, weights: Tensor, copies: Numbered, plan: Plan, links: Links, overlap: bool
 ) -> Underway:
     """Send pilots to other nodes and copies inside this one, with the indices and routing weights of all routes.
 
@@ -75,8 +75,8 @@ def start_dispatch(
     layout = tables.layout
     to_nodes = sum(layout.between.sent)
     total = to_nodes + sum(layout.inside[0].sent)
-    outgoing = gather_rows(tokens, bypass_plan.rows_to_send(plan, tables, 0, total))
-    _write_meta(outgoing, weights, copies, plan, tables, total)
+    outgoing = gather_rows(tokens, bypass_plan.rows_to_send(plan, tables, total))
+    bypass_plan.write_meta(outgoing, weights.to(wire_dtype(weights.dtype)), copies, plan, total)
     first, inside, end = layout.at_experts
     rows = tokens.new_empty(end, tokens.shape[1])
     rows[:first] = tokens
@@ -90,18 +90,6 @@ def start_dispatch(
     return Underway(rows, between, own)
 
 
-def _write_meta(rows: Tensor, weights: Tensor, copies: Copies, plan: Plan, tables: Tables, unsent: int) -> None:
-    """Write the meta rows of a dispatch among `rows`; those from the row `unsent` on go nowhere."""
-    per_row, word, per_weight = units_of(plan.counts)
-    at = tables.lists_out[copies.lists.clamp_min(0)] + copies.number * word
-    at = torch.where(copies.lists < 0, unsent * per_row, at)
-    write_bits(rows, at.flatten(), copies.pilot_number.to(torch.int32).flatten())
-    number = torch.arange(weights.shape[0], device=rows.device)
-    words = copies.words[: weights.shape[0]]
-    write_bits(rows, tables.routes_out[plan.route_ranks] + number * word, words)
-    write_bits(rows, tables.weights_out[plan.route_ranks] + number * per_weight, weights.to(wire_dtype(weights.dtype)))
-
-
 @torch.no_grad()
 def finish_dispatch(underway: Underway, plan: Plan, links: Links, dtype: torch.dtype) -> Arrived:
     """Forward what came from other nodes, and give each expert its rows.
@@ -113,16 +101,15 @@ def finish_dispatch(underway: Underway, plan: Plan, links: Links, dtype: torch.d
     _, inside, end = layout.at_experts
     own_end = inside + sum(layout.inside[0].received)
     underway.between.wait()
-    lists = bypass_plan.read_lists(plan, rows, tables)
-    pilots = tables.pilots[lists[0]] + lists[1]
+    lists = bypass_plan.read_lists(plan, rows)
+    pilots = tables.list_rows[:, 1][lists[0]] + lists[1]
     forwarded = links.inside(rows[own_end:end], gather_rows(rows[:inside], pilots), layout.inside[1])
     underway.own.wait()
-    found = Found(*bypass_plan.read_routes(plan, rows, tables), *lists)
-    per_weight = units_of(plan.counts)[2]
-    weights = read_bits(rows, tables.weights_in[found.source] + found.arrival * per_weight, wire_dtype(dtype)).to(dtype)
+    routes, weights = bypass_plan.read_routes(plan, rows, wire_dtype(dtype))
+    found = Found(*routes, *lists)
     index = bypass_plan.rows_of_routes(found, tables)
     forwarded.wait()
-    return Arrived(gather_rows(rows, index), weights, found)
+    return Arrived(gather_rows(rows, index), weights.to(dtype), found)
 
 
 def spread(tokens: Tensor, plan: Plan, found: Found, links: Links) -> Tensor:
@@ -130,19 +117,16 @@ def spread(tokens: Tensor, plan: Plan, found: Found, links: Links) -> Tensor:
     tables = plan.back
     layout = tables.layout
     _, inside, back, total = layout.at_tokens
-    index = bypass_plan.rows_to_send(plan, tables, inside, total)
+    index = bypass_plan.rows_to_send(plan, tables, total)
     first, _, end = layout.at_experts
     rows = tokens.new_empty(end, tokens.shape[1])
     rows[:first] = tokens
-    sent = gather_rows(tokens, index[back - inside : total - inside])
-    between = links.between(rows[first:inside], sent, layout.between)
-    index = index[: back - inside]
-    index.scatter_(
-        0, bypass_plan.forwarded_rows(found, tables) - inside, bypass_plan.rows_to_forward(found, tables)
-    )
+    between = links.between(rows[first:inside], gather_rows(tokens, index[back:total]), layout.between)
+    forwards, pilots = bypass_plan.forwarding(plan, found, tables)
+    index[forwards] = pilots
     of_routes = bypass_plan.rows_of_routes(found, tables)
     between.wait()
-    links.inside(rows[inside:], gather_rows(rows[:inside], index), layout.inside[0]).wait()
+    links.inside(rows[inside:], gather_rows(rows[:inside], index[inside:back]), layout.inside[0]).wait()
     return gather_rows(rows, of_routes)
 
 
@@ -160,12 +144,10 @@ def collect(
     layout = tables.layout
     first, inside, end = layout.at_experts
     _, _, back, total = layout.at_tokens
-    per_row, _, per_weight = units_of(plan.counts)
     summed = gather_sum(rows, bypass_plan.routes_of_rows(plan, found, tables, end + spare_rows(plan.counts)))
     if weights is not None:
-        remote = plan.places.node_table[found.source] != int(plan.places.node_of[plan.places.rank])
-        at = tables.weights_in[found.source] + found.arrival * per_weight
-        write_bits(summed, torch.where(remote, end * per_row, at), weights)
+        from_node, from_abroad = bypass_plan.weights_in(plan, found)
+        write_bits(summed, from_node, weights)
     gathered = rows.new_empty(total, rows.shape[1])
     returned = links.inside(gathered[inside:back], summed[inside:end], layout.inside[0].back)
     gathered[:inside] = summed[:inside]
@@ -173,16 +155,14 @@ def collect(
     returned.wait()
     pilots = gather_sum(gathered[:back], parts)
     if weights is not None:
-        write_bits(pilots, torch.where(remote, at - first * per_row, (inside - first) * per_row), weights)
+        write_bits(pilots, from_abroad, weights)
     returned = links.between(gathered[back:], pilots[: inside - first], layout.between.back)
     of_tokens = bypass_plan.tokens_table(plan, tables)
     returned.wait()
     sums = gather_sum(gathered, of_tokens)
     if weights is None:
         return sums, None
-    number = torch.arange(plan.route_ranks.shape[0], device=rows.device)
-    at = tables.weights_out[plan.route_ranks] + number * per_weight
-    return sums, read_bits(gathered, at, weights.dtype)
+    return sums, read_bits(gathered, bypass_plan.weights_out(plan), weights.dtype)
 
 
 class Dispatch(torch.autograd.Function):

@@ -1,8 +1,11 @@
 """Index arrays of redundancy bypassing: which rows to gather and to sum, from a layout and what arrived as metadata.
 
-All of it is arithmetic on small tables; nothing here communicates or waits for a device.
+Tables are made on the host and sent to the device together; index arrays are looked up in them there. Nothing here
+communicates or waits for a device. Meta rows hold, for each rank, lists of pilots to forward, by who gets them; then a
+*record* for each route: its word and its weight. Positions of bits are counted in units, see `raw_bits`.
+
 Letters: T tokens, K routes per token, N routes sent, M routes received, F rows to forward, G ranks, R ranks of the
-largest node, J ranks of this node, S most routes of a copy.
+largest node, J ranks of this node, L experts of a rank, S most routes of a copy, B = G * R + 2 bins (see `ops.bypass`).
 """
 
 from dataclasses import dataclass
@@ -10,12 +13,13 @@ from functools import cached_property
 
 import numpy as np
 import torch
+from numpy import ndarray
 from torch import Tensor
 
 from megatron_xmoe.dispatch.layout import Counts, Layout, starts
-from megatron_xmoe.dispatch.pilots import Places, find_copies
-from megatron_xmoe.dispatch.raw_bits import read_bits, unit_bytes
-from megatron_xmoe.ops import merge_order
+from megatron_xmoe.dispatch.pilots import Places
+from megatron_xmoe.dispatch.raw_bits import as_units, read_bits, unit_bytes, units_of, write_bits
+from megatron_xmoe.ops.bypass import FAR, Numbered, owners, read_words, rows_of_copies, sources_of_rows
 
 
 @dataclass(frozen=True)
@@ -24,17 +28,15 @@ class Plan:
 
     counts: Counts
     places: Places
-    received: Tensor
-    """[G, 2R + L] int64: `counts.received` on the device."""
 
-    target: Tensor
-    """[T, K] int32: rank to which a row of the token goes, G for this rank itself, -1 for none."""
+    bins: Tensor
+    """[T, K] int64, see `Numbered`."""
 
     number: Tensor
-    """[T, K] int32: the row's number among those for the rank; the token, where that is this rank."""
+    """[T, K] int32, see `Numbered`."""
 
-    route_ranks: Tensor
-    """[N] int64: rank of each sent route, ascending."""
+    expert_ids: Tensor
+    """[N] int32: expert of each sent route, ascending."""
 
     slots: int
     """S."""
@@ -57,90 +59,94 @@ class Plan:
         """Of the gradient of the dispatch."""
         return self._tables(together=True, meta=True)
 
+    @cached_property
+    def sizes(self) -> tuple[int, int, int]:
+        """N, M and F."""
+        (sent, received), lists = self.counts.routes, self.counts.lists[1]
+        return int(sent.sum()), int(received.sum()), int(lists.sum())
+
+    @cached_property
+    def numbers(self) -> Tensor:
+        """[max(T, N, M, F)] int64: 0, 1, 2 and so on."""
+        return torch.arange(max(self.counts.tokens, *self.sizes), device=self.bins.device)
+
     def _tables(self, together: bool, meta: bool) -> "Tables":
-        return Tables.of(Layout.of(self.counts, together, meta), self.received.device)
+        layout = Layout.of(self.counts, together, meta)
+        arrays = row_tables(layout) | (meta_tables(layout, self.arrival_order) if meta else {})
+        return Tables(layout, **on_device(arrays, self.bins.device))
 
 
 @dataclass(frozen=True)
 class Found:
     """What a rank read from the meta rows it got. Routes in the order in which the experts get them."""
 
-    arrival: Tensor
-    """[M] int64: a route's number by source, then expert, then token."""
-
-    source: Tensor
-    """[M] int32: rank of its token."""
+    segment: Tensor
+    """[M] int64: the (expert, source), or (source, expert), of a route."""
 
     copy: Tensor
-    """[M] int32: source * J + the place that its copy comes from."""
+    """[M] int64: rank of its token * J + the place that its copy comes from."""
 
     number: Tensor
     """[M] int32: the copy's number among those of this source from there."""
 
-    slot: Tensor
-    """[M] int32: the route's number among those of its copy."""
+    slotted: Tensor
+    """[M] int32: that number * S + the route's number among those of its copy."""
 
-    list_source: Tensor
-    """[F] int32, ordered by who gets a row that this rank forwards, then by source: rank of its token."""
+    list_segment: Tensor
+    """[F] int64, ascending: place of who gets a row that this rank forwards * G + rank of its token."""
 
     list_number: Tensor
-    """[F] int32: its number among the source's pilots."""
-
-    list_place: Tensor
-    """[F] int32: place of who gets it."""
+    """[F] int32: the row's number among the source's pilots."""
 
 
 @dataclass(frozen=True)
 class Tables:
-    """A layout's tables on the device, int64, in one transfer; see Layout. Bits are counted in units."""
+    """A layout's tables on the device, int64; those after `copies` only where there are meta rows."""
 
     layout: Layout
-    pilots: Tensor
+
+    sends: Tensor
+    """[B]: first row, at the tokens, of the rows to send that are in a bin; FAR for others."""
+
+    sums: Tensor
+    """[B]: the same, and the first token for copies that stay; -FAR for others."""
+
+    list_rows: Tensor
+    """[J * G, 3]: of the rows that this rank forwards, by place and source: their row at the tokens, less the number of
+    rows in segments before; the first pilot's row at the experts; that pilot's row among those between nodes * J + the
+    place."""
+
     copies: Tensor
-    """[G * J]"""
+    """[G * J]: Layout.copies."""
 
-    sent_to: Tensor
-    forwards: Tensor
-    """[J]: less what is forwarded to places before, so that a row's number among all forwarded ones can be added."""
+    list_out: Tensor | None = None
+    """[B, units of an index]: where the list of a bin begins, FAR for others."""
 
-    lists_in: Tensor
-    """[G]: where a list of each source begins, less the length of the lists before: for numbers of all list entries."""
+    routes_out: Tensor | None = None
+    """[E, units of a record]: where records for the rank of an expert begin, less the records before them: for numbers
+    of all sent routes."""
 
-    routes_in: Tensor
-    weights_in: Tensor
-    lists_out: Tensor
-    """[G * R]: where the list of each rank for each of its node begins."""
+    list_in: Tensor | None = None
+    """[J * G, units of an index]: where lists of a place and source begin, for numbers of all rows to forward."""
 
-    routes_out: Tensor
-    weights_out: Tensor
+    routes_in: Tensor | None = None
+    """[L * G, units of a record]: where records of a segment begin, for numbers of all received routes."""
 
-    @classmethod
-    def of(cls, layout: Layout, device: torch.device) -> "Tables":
-        """Args: a layout; where the tables are needed."""
-        counts = layout.counts
-        units, word, weight = units_of(counts)
-        forwarded = counts.lists[1].sum(0)[: len(layout.forwards)]
-        tables = {
-            "pilots": layout.pilots,
-            "copies": layout.copies,
-            "sent_to": layout.sent_to,
-            "forwards": layout.forwards - starts(forwarded),
-        }
-        for number, (side, meta) in enumerate((("out", layout.meta_out), ("in", layout.meta_in))):
-            lists, per_rank = counts.lists[number], counts.routes[number].sum(1)
-            per_list, first = lists.sum(1), starts(per_rank)
-            tables[f"routes_{side}"] = meta * units + (per_list - first) * word
-            tables[f"weights_{side}"] = meta * units + (per_list + per_rank) * word - first * weight
-            if side == "out":
-                tables["lists_out"] = (meta * units)[:, None] + (lists.cumsum(1) - lists) * word
-            else:
-                tables["lists_in"] = meta * units - starts(per_list) * word
-        flat = np.concatenate([table.ravel() for table in tables.values()])
-        parts = torch.from_numpy(flat).to(device, non_blocking=True).split([table.size for table in tables.values()])
-        return cls(layout, **dict(zip(tables, parts, strict=True)))
+    weights_in: Tensor | None = None
+    """[L * G, 2, units of a weight]: where their weights begin if the source is on this node, and else FAR; the same,
+    in the rows between nodes, if it is on another."""
+
+    sources: Tensor | None = None
+    """[L * G]: rank of a segment's tokens * J."""
+
+    list_sizes: Tensor | None = None
+    """[J * G]: F by segment."""
+
+    route_sizes: Tensor | None = None
+    """[L * G]: M by segment."""
 
 
-def units_of(counts: Counts) -> tuple[int, int, int]:
+def units_of_numbers(counts: Counts) -> tuple[int, int, int]:
     """Units of a row, of an index and of a routing weight."""
     size = unit_bytes(counts.row_bytes)
     return counts.row_bytes // size, 4 // size, counts.weight_bytes // size
@@ -151,32 +157,106 @@ def spare_rows(counts: Counts) -> int:
     return -(-8 // counts.row_bytes)
 
 
+def row_tables(layout: Layout) -> dict[str, ndarray]:
+    """The tables of every layout, see Tables."""
+    counts, places = layout.counts, layout.counts.places
+    members = len(places.members)
+    sends = np.full((places.ranks, places.width), FAR)
+    sends[np.arange(places.ranks), places.local_of] = layout.sent_to
+    sends = np.append(sends, (FAR, FAR))
+    sums = np.where(sends == FAR, -FAR, sends)
+    sums[-2] = 0
+    lists = counts.lists[1].sum(0)[:members]
+    list_rows = np.empty((members, places.ranks, 3), np.int64)
+    list_rows[:, :, 0] = (layout.forwards - starts(lists))[:, None]
+    list_rows[:, :, 1] = layout.pilots
+    list_rows[:, :, 2] = (layout.pilots - counts.tokens) * members + np.arange(members)[:, None]
+    return {"sends": sends, "sums": sums, "list_rows": list_rows.reshape(-1, 3), "copies": layout.copies.ravel()}
+
+
+def meta_tables(layout: Layout, arrival_order: bool) -> dict[str, ndarray]:
+    """The tables of a layout with meta rows, see Tables."""
+    counts, places = layout.counts, layout.counts.places
+    members = len(places.members)
+    units, word, weight = units_of_numbers(counts)
+    record = word + weight
+    (lists_to, lists_from), (routes_to, routes_from) = counts.lists, counts.routes
+    lists_from = lists_from[:, :members]
+    list_out = (layout.meta_out * units)[:, None] + starts(lists_to, 1) * word
+    list_out[np.arange(places.ranks), places.local_of] = FAR
+    list_in = (layout.meta_in * units)[:, None] + starts(lists_from, 1) * word
+    routes_out = layout.meta_out * units + lists_to.sum(1) * word - starts(routes_to.sum(1)) * record
+    routes_in = (layout.meta_in * units + lists_from.sum(1) * word)[:, None] + starts(routes_from, 1) * record
+    sources = np.broadcast_to(np.arange(places.ranks)[:, None], routes_in.shape)
+    if not arrival_order:
+        routes_in, routes_from, sources = routes_in.T, routes_from.T, sources.T
+    list_sizes, route_sizes, sources = lists_from.T.ravel(), routes_from.ravel(), sources.ravel()
+    records = routes_in.ravel() - starts(route_sizes) * record
+    weights, remote = records + word, places.remote[sources]
+    weights = np.stack([np.where(remote, FAR, weights), np.where(remote, weights - counts.tokens * units, FAR)], axis=1)
+    return {
+        "list_out": np.append(list_out, (FAR, FAR))[:, None] + np.arange(word),
+        "routes_out": routes_out.repeat(routes_to.shape[1])[:, None] + np.arange(record),
+        "list_in": (list_in.T.ravel() - starts(list_sizes) * word)[:, None] + np.arange(word),
+        "routes_in": records[:, None] + np.arange(record),
+        "weights_in": weights[:, :, None] + np.arange(weight),
+        "sources": sources * members,
+        "list_sizes": list_sizes,
+        "route_sizes": route_sizes,
+    }
+
+
+def on_device(arrays: dict[str, ndarray], device: torch.device) -> dict[str, Tensor]:
+    """The arrays, int64, in one transfer."""
+    flat = torch.from_numpy(np.concatenate([array.ravel() for array in arrays.values()]))
+    parts = flat.to(device, non_blocking=True).split([array.size for array in arrays.values()])
+    return {name: part.view(array.shape) for (name, array), part in zip(arrays.items(), parts, strict=True)}
+
+
 def tokens_table(plan: Plan, tables: Tables) -> Tensor:
-    """[T, K] int64: rows, at the tokens, that are copies of a token or sums for it; -1 for none."""
-    rows = tables.sent_to[plan.target.clamp_min(0)] + plan.number
-    return torch.where(plan.target < 0, -1, rows)
+    """[T, K] int64: rows, at the tokens, that are copies of a token or sums for it; negative for none."""
+    return rows_of_copies(plan.bins, plan.number, tables.sums)
 
 
-def rows_to_send(plan: Plan, tables: Tables, first: int, end: int) -> Tensor:
-    """[end - first + spare_rows] int64: token of each row that is sent, -1 where it is another row.
+def rows_to_send(plan: Plan, tables: Tables, end: int) -> Tensor:
+    """[end + spare_rows] int64: token of each row at the tokens before `end` that is sent, -1 for other rows."""
+    tokens = plan.numbers[: plan.counts.tokens]
+    return sources_of_rows(plan.bins, plan.number, tables.sends, end + spare_rows(plan.counts), tokens)
 
-    Args: where, at the tokens, the rows begin and end.
+
+def write_meta(rows: Tensor, weights: Tensor, copies: Numbered, plan: Plan, unsent: int) -> None:
+    """Write the meta rows of a dispatch among `rows` to send; those from the row `unsent` on go nowhere.
+
+    Args: weights [N] in a type for the wire.
     """
-    rows = tokens_table(plan, tables) - first
-    kept = (plan.target >= 0) & (plan.target < plan.places.ranks)
-    tokens = torch.arange(rows.shape[0], device=rows.device).unsqueeze(1).expand_as(rows)
-    index = rows.new_full((end - first + spare_rows(plan.counts),), -1)
-    return index.scatter_(0, torch.where(kept, rows, end - first).flatten(), tokens.flatten())
+    per_row, word, per_weight = units_of_numbers(plan.counts)
+    tables, units = plan.there, units_of(rows)
+    at = torch.add(tables.list_out[plan.bins], plan.number.unsqueeze(2), alpha=word).clamp_(max=unsent * per_row)
+    write_bits(rows, at.view(-1, word), copies.pilot_number.flatten())
+    numbers = plan.numbers[: weights.shape[0]].unsqueeze(1)
+    at = torch.add(tables.routes_out[plan.expert_ids], numbers, alpha=word + per_weight)
+    words = copies.words[: weights.shape[0]]
+    units[at] = torch.cat([as_units(words, units.dtype), as_units(weights, units.dtype)], dim=1)
 
 
-def rows_to_forward(found: Found, tables: Tables) -> Tensor:
-    """[F] int64: row, at the experts, of the pilot of each row that this rank forwards."""
-    return tables.pilots[found.list_source] + found.list_number
+def read_lists(plan: Plan, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """The lists of rows to forward: Found's `list_segment` and `list_number`, from rows at the experts."""
+    tables, total, word = plan.there, plan.sizes[2], units_of_numbers(plan.counts)[1]
+    segment = owners(tables.list_sizes, total)
+    at = torch.add(tables.list_in[segment], plan.numbers[:total].unsqueeze(1), alpha=word)
+    return segment, read_bits(rows, at, torch.int32)
 
 
-def forwarded_rows(found: Found, tables: Tables) -> Tensor:
-    """[F] int64: where, at the tokens, each row is that this rank forwards."""
-    return tables.forwards[found.list_place] + torch.arange(found.list_place.shape[0], device=tables.forwards.device)
+def read_routes(plan: Plan, rows: Tensor, dtype: torch.dtype) -> tuple[tuple[Tensor, ...], Tensor]:
+    """Found's `segment`, `copy`, `number` and `slotted`, and the weights [M] of `dtype`, from rows at the experts."""
+    tables, total = plan.there, plan.sizes[1]
+    _, word, per_weight = units_of_numbers(plan.counts)
+    segment = owners(tables.route_sizes, total)
+    at = torch.add(tables.routes_in[segment], plan.numbers[:total].unsqueeze(1), alpha=word + per_weight)
+    words = read_bits(rows, at[:, :word], torch.int32)
+    place, number, slotted = read_words(words, plan.places.width, plan.slots)
+    copy = tables.sources[segment] + place
+    return (segment, copy, number, slotted), read_bits(rows, at[:, word:], dtype)
 
 
 def rows_of_routes(found: Found, tables: Tables) -> Tensor:
@@ -185,52 +265,44 @@ def rows_of_routes(found: Found, tables: Tables) -> Tensor:
 
 
 def routes_of_rows(plan: Plan, found: Found, tables: Tables, rows: int) -> Tensor:
-    """[rows, S] int32: routes of each row at the experts, -1 for none."""
-    routes = torch.arange(found.slot.shape[0], dtype=torch.int32, device=found.slot.device)
-    table = routes.new_full((rows * plan.slots,), -1)
-    table.scatter_(0, rows_of_routes(found, tables) * plan.slots + found.slot, routes)
+    """[rows, S] int64: routes of each row at the experts, -1 for none."""
+    table = plan.numbers.new_full((rows * plan.slots,), -1)
+    index = torch.add(found.slotted, tables.copies[found.copy], alpha=plan.slots)
+    table[index] = plan.numbers[: index.shape[0]]
     return table.view(rows, plan.slots)
+
+
+def forwarding(plan: Plan, found: Found, tables: Tables) -> tuple[Tensor, Tensor]:
+    """[F] int64: where, at the tokens, each row is that this rank forwards, and the row of its pilot at the experts."""
+    forwards, pilots, _ = tables.list_rows[found.list_segment].unbind(1)
+    return forwards + plan.numbers[: forwards.shape[0]], pilots + found.list_number
 
 
 def parts_of_pilots(plan: Plan, found: Found, tables: Tables) -> Tensor:
     """[P + spare_rows, J] int64: the rows, at the tokens, that make up the sum of each of the P rows between nodes."""
     first, end, _ = tables.layout.at_experts
     width = len(plan.places.members)
-    table = torch.full((end - first + spare_rows(plan.counts), width), -1, device=tables.pilots.device)
+    table = plan.numbers.new_full((end - first + spare_rows(plan.counts), width), -1)
     table[: end - first, plan.places.local] = torch.arange(first, end, device=table.device)
-    index = (rows_to_forward(found, tables) - first) * width + found.list_place
-    table.view(-1).scatter_(0, index, forwarded_rows(found, tables))
+    forwards, _, parts = tables.list_rows[found.list_segment].unbind(1)
+    index = torch.add(parts, found.list_number, alpha=width)
+    table.view(-1)[index] = forwards + plan.numbers[: forwards.shape[0]]
     return table
 
 
-def read_lists(plan: Plan, rows: Tensor, tables: Tables) -> tuple[Tensor, Tensor, Tensor]:
-    """The lists of rows to forward: Found's `list_source`, `list_number` and `list_place`, from rows at the experts."""
-    width = plan.places.width
-    other = torch.arange(width, device=rows.device) != plan.places.local
-    lists = (plan.received[:, :width] * other)[:, : len(plan.places.members)].contiguous()
-    total = int(plan.counts.lists[1].sum())
-    number = torch.arange(total, device=rows.device)
-    source = _owners(lists.sum(1), total)
-    found = read_bits(rows, tables.lists_in[source] + number * units_of(plan.counts)[1], torch.int32)
-    order, _ = merge_order(lists, total)
-    return source[order].to(torch.int32), found[order], _owners(lists.sum(0), total).to(torch.int32)
+def weights_in(plan: Plan, found: Found) -> tuple[Tensor, Tensor]:
+    """[M, units] int64: where, at the experts, the weights of routes from this node return; and, in the rows between
+    nodes, those of other routes. The rest goes to the first row behind each buffer."""
+    tables = plan.back_with_weights
+    per_row, word, per_weight = units_of_numbers(plan.counts)
+    first, inside, end = tables.layout.at_experts
+    numbers = plan.numbers[: found.segment.shape[0], None, None]
+    node, abroad = torch.add(tables.weights_in[found.segment], numbers, alpha=word + per_weight).unbind(1)
+    return node.clamp(max=end * per_row), abroad.clamp(max=(inside - first) * per_row)
 
 
-def read_routes(plan: Plan, rows: Tensor, tables: Tables) -> tuple[Tensor, ...]:
-    """Found's `arrival`, `source`, `copy`, `number` and `slot`, from rows at the experts."""
-    routes = plan.received[:, 2 * plan.places.width :].contiguous()
-    total = int(plan.counts.routes[1].sum())
-    arrival = torch.arange(total, device=rows.device)
-    source = _owners(routes.sum(1), total)
-    if not plan.arrival_order and routes.shape[1] > 1:
-        arrival = merge_order(routes, total)[0].to(torch.int64)
-        source = source[arrival]
-    words = read_bits(rows, tables.routes_in[source] + arrival * units_of(plan.counts)[1], torch.int32)
-    place, number, slot = find_copies(words, plan.places.width, plan.slots)
-    copy = source * len(plan.places.members) + place
-    return arrival, source.to(torch.int32), copy.to(torch.int32), number, slot
-
-
-def _owners(counts: Tensor, total: int) -> Tensor:
-    """[total] int64: owner of each of `counts` [G] things, ascending."""
-    return torch.arange(counts.shape[0], device=counts.device).repeat_interleave(counts, output_size=total)
+def weights_out(plan: Plan) -> Tensor:
+    """[N, units] int64: where, at the tokens, the weights of sent routes return."""
+    _, word, per_weight = units_of_numbers(plan.counts)
+    at = plan.back_with_weights.routes_out[:, word:][plan.expert_ids]
+    return torch.add(at, plan.numbers[: at.shape[0]].unsqueeze(1), alpha=word + per_weight)

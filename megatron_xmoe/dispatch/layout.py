@@ -109,7 +109,7 @@ class Layout:
     """[G] at the experts: meta rows of each source."""
 
     sent_to: ndarray
-    """[G + 1] at the tokens: what was sent to each rank; of the last entry, the tokens themselves."""
+    """[G] at the tokens: what was sent to each rank."""
 
     meta_out: ndarray
     """[G] at the tokens: meta rows for each rank."""
@@ -122,7 +122,7 @@ class Layout:
         """Args: `together`, one exchange inside the node and not two; whether there are meta rows."""
         places, (sent_rows, received_rows) = counts.places, counts.rows
         members, me = list(places.members), places.rank
-        remote = places.node_of != places.node_of[me]
+        remote = places.remote
         sent, received = (rows + extra * meta for rows, extra in zip(counts.rows, counts.meta_rows, strict=True))
         sent_abroad, received_abroad = sent * remote, received * remote
         between = Splits(sent_abroad.tolist(), received_abroad.tolist())
@@ -158,7 +158,7 @@ class Layout:
             pilots=pilots,
             copies=copies,
             meta_in=pilots + received_rows,
-            sent_to=np.append(sent_to, 0),
+            sent_to=sent_to,
             meta_out=sent_to + sent_rows,
             forwards=forwards,
         )
@@ -181,6 +181,6 @@ def _splits(sent: ndarray, received: ndarray) -> Splits:
     return Splits(sent.tolist(), received.tolist())
 
 
-def starts(sizes: ndarray) -> ndarray:
-    """First positions of segments of these sizes, along the first axis."""
-    return sizes.cumsum(0) - sizes
+def starts(sizes: ndarray, axis: int = 0) -> ndarray:
+    """First positions of segments of these sizes, along an axis."""
+    return sizes.cumsum(axis) - sizes

@@ -16,17 +16,15 @@ import torch
 from numpy import ndarray
 from torch import Tensor
 
-from megatron_xmoe.ops import Routes, build_routes
+from megatron_xmoe.ops import Routes
+from megatron_xmoe.ops.bypass import NO_NODE, NODE_BIT, Numbered, number_copies
 
 PilotRule = Literal["balanced", "first"]
-_NONE = torch.iinfo(torch.int64).max  # sorts after every key
-_NODE, _RANK = 47, 16  # bits below a key's node, and of its rank; 31 bits are left for the hash
-_MIX = (-0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15)  # splitmix64's multipliers, as signed numbers
 
 
 @dataclass(frozen=True)
 class Places:
-    """Where the ranks of an expert-parallel group are, seen from one of them."""
+    """Where the ranks of an expert-parallel group are, seen from one of them; tensors on a device."""
 
     rank: int
     """The rank that looks, in the group."""
@@ -43,132 +41,86 @@ class Places:
     local_of: ndarray
     """[G] int64: place of each rank among those of its node."""
 
-    node_table: Tensor
-    """`node_of` on a device."""
+    experts_per_rank: int
+    """L."""
 
-    local_table: Tensor
-    """`local_of` there."""
+    experts: Tensor
+    """[E + 1, 3], see `number_copies`. Other nodes have their number as node of a key; each rank of this node counts as
+    a node of its own, because nothing is forwarded there."""
+
+    bin_of: Tensor
+    """[G + 1], see `number_copies`."""
+
+    place_of: Tensor
+    """[G + 1], see `number_copies`: a rank of this node gets what its own rank sends."""
 
     mirror: Tensor
     """[G * R] int64: where a table [G * R] of what each rank forwards to each of its node has what a rank receives from
-    each of its node; G * R where there is nothing."""
+    each of its node; where there is nothing, the entry of this rank's copies for itself, which is always 0."""
 
     @property
     def local(self) -> int:
         """Place of the rank among those of its node."""
-        return self.members.index(self.rank)
+        return int(self.local_of[self.rank])
 
     @property
     def ranks(self) -> int:
         """G."""
         return len(self.node_of)
 
+    @property
+    def remote(self) -> ndarray:
+        """[G] bool: ranks of other nodes."""
+        return self.node_of != self.node_of[self.rank]
+
     @classmethod
-    def of(cls, node_of: tuple[int, ...], rank: int, device: torch.device | str) -> "Places":
-        """Args: node of each rank of the group; this rank; the device of the tables."""
+    def of(cls, node_of: tuple[int, ...], rank: int, experts_per_rank: int, device: torch.device | str) -> "Places":
+        """Args: node of each rank of the group; this rank; L; the device of the tensors."""
         nodes = [[r for r, n in enumerate(node_of) if n == node] for node in node_of]  # of each rank
-        width = max(map(len, nodes))
-        local_of = [members.index(r) for r, members in enumerate(nodes)]
+        ranks, width, local = len(nodes), max(map(len, nodes)), nodes[rank].index(rank)
+        local_of = np.array([members.index(r) for r, members in enumerate(nodes)])
         mirror = [
-            members[j] * width + local_of[r] if j < len(members) and members[j] != r else len(nodes) * width
+            members[j] * width + local_of[r] if j < len(members) and members[j] != r else rank * width + local
             for r, members in enumerate(nodes)
             for j in range(width)
         ]
-        tables = (torch.tensor(values, device=device) for values in (node_of, local_of, mirror))
-        return cls(rank, tuple(nodes[rank]), width, np.array(node_of), np.array(local_of), *tables)
+        own = np.array(node_of) == node_of[rank]
+        key = np.where(own, max(node_of) + 1 + local_of, node_of) << NODE_BIT | np.arange(ranks)
+        experts = np.stack([key.repeat(experts_per_rank), _random(ranks * experts_per_rank, 1),
+                            (_random(ranks, 2) | 1).repeat(experts_per_rank)], axis=1)  # fmt: skip
+        bin_of = np.append(local_of, -ranks * width - 1)
+        bin_of[rank] = (ranks - rank) * width
+        return cls(
+            rank=rank,
+            members=tuple(nodes[rank]),
+            width=width,
+            node_of=np.array(node_of),
+            local_of=local_of,
+            experts_per_rank=experts_per_rank,
+            experts=torch.tensor(np.append(experts, [[NO_NODE << NODE_BIT | ranks, 0, 1]], axis=0), device=device),
+            bin_of=torch.tensor(bin_of, device=device),
+            place_of=torch.tensor(np.append(np.where(own, local, local_of), 0), dtype=torch.int32, device=device),
+            mirror=torch.tensor(mirror, device=device),
+        )
 
 
-@dataclass(frozen=True)
-class Copies:
-    """The copies of a rank's tokens. [T, K] tables have a token's routes in an order of their own: by node, and in a
-    node the pilot's rank first."""
-
-    position: Tensor
-    """[T, K] int64: the route in expert order, -1 for none."""
-
-    counts: Tensor
-    """[G, R] int64: in the column of the rank itself the rows to send to it, in others those that it shall forward."""
-
-    target: Tensor
-    """[T, K] int64: the rank to which the route's row is sent; G where the copy is for this rank itself; -1 where
-    another route stands for it."""
-
-    lists: Tensor
-    """[T, K] int64: where a row is forwarded, rank that does it * R + place of who gets it; -1 where none is."""
-
-    number: Tensor
-    """[T, K] int64: the row's number among those for its target, or among those forwarded from the same rank to the
-    same place; for this rank itself the token. Of any route that stands for a copy."""
-
-    pilot_number: Tensor
-    """[T, K] int64: the number of the token's pilot on that node among the rows for the same rank."""
-
-    words: Tensor
-    """[T * K] int32 in expert order: where the route finds its copy, see `find_copies`."""
-
-
-def choose_copies(routes: Routes, experts_per_rank: int, places: Places, salt: int | None) -> Copies:
+def choose_copies(routes: Routes, places: Places, salt: int | None) -> Numbered:
     """Choose pilots and number all copies.
 
     Args:
         routes: of this rank's tokens; dropped ones have no copy.
-        experts_per_rank: L.
         places: of the group.
         salt: of the hash that chooses pilots, by layer and rank; None takes the first rank of the node.
     """
-    inverse = routes.inverse.to(torch.int64)
-    tokens, per_token = inverse.shape
-    kept = inverse >= 0
-    experts = routes.expert_ids.index_select(0, inverse.clamp_min(0).flatten()).view_as(inverse)
-    ranks = torch.where(kept, experts, 0).to(torch.int64) // experts_per_rank
-    key = (places.node_table[ranks] << _NODE) | ranks
-    if salt is not None:
-        key |= _hash(torch.where(kept, experts, -1), ranks, salt) << _RANK
-    key, order = torch.sort(torch.where(kept, key, _NONE), dim=1, stable=True)
-    kept, position = key != _NONE, inverse.gather(1, order)
-    ranks = torch.where(kept, key & ((1 << _RANK) - 1), 0)
-
-    column = torch.arange(per_token, device=key.device)
-    starts_copy, starts_node = _starts_run(key), _starts_run(key >> _NODE)
-    leader = torch.where(starts_copy, column, 0).cummax(1).values
-    pilot = torch.where(starts_node, column, 0).cummax(1).values
-    own = places.node_table[ranks] == int(places.node_of[places.rank])
-    here = ranks == places.rank
-    sends = kept & torch.where(own, starts_copy & ~here, starts_node)
-    forwards = kept & starts_copy & ~starts_node & ~own
-
-    locals_, via = places.local_table[ranks], ranks.gather(1, pilot)
-    lists = torch.where(forwards, via * places.width + locals_, -1)
-    bins = torch.where(sends, ranks * places.width + locals_, lists)
-    number_of_bins = places.ranks * places.width
-    any_weights = routes.combine_weights.detach().view_as(bins)
-    placed = build_routes(bins, any_weights, number_of_bins)
-    counts = placed.tokens_per_expert
-    number = placed.inverse - (counts.cumsum(0) - counts)[bins.clamp_min(0)]
-    token = torch.arange(tokens, device=key.device).unsqueeze(1)
-    number = torch.where(here, token, number)
-    via_local = torch.where(own, places.local, places.local_table[via])
-    slots = min(experts_per_rank, per_token)
-    words = (number.gather(1, leader) * places.width + via_local) * slots + column - leader
-    return Copies(
-        position=position,
-        counts=counts.view(places.ranks, places.width),
-        target=torch.where(sends, ranks, torch.where(kept & here & starts_copy, places.ranks, -1)),
-        lists=lists,
-        number=number,
-        pilot_number=number.gather(1, pilot),
-        words=_put(words.to(torch.int32), position),
-    )
+    return number_copies(
+        routes.inverse, routes.expert_ids, places.experts, places.bin_of, places.place_of, places.width,
+        most_routes(places, routes.inverse.shape[1]), salt,
+    )  # fmt: skip
 
 
-def find_copies(words: Tensor, width: int, slots: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Take a route's word apart: the place of the rank that its copy comes from, the copy's number among those from
-    there and from the token's rank, and the route's number among those of its copy.
-
-    Args: words [M]; R; the most routes of a copy, min(K, L).
-    """
-    numbers = words // slots
-    return numbers % width, numbers // width, words % slots
+def most_routes(places: Places, per_token: int) -> int:
+    """The most routes of a copy, min(K, L)."""
+    return min(places.experts_per_rank, per_token)
 
 
 def salt_of(layer_number: int | None, rank: int) -> int:
@@ -180,29 +132,9 @@ def salt_of(layer_number: int | None, rank: int) -> int:
     return (((layer_number or 0) << 24) + rank) * 0x9E3779B97F4A7C15 & (2**62 - 1)
 
 
-def _hash(experts: Tensor, ranks: Tensor, salt: int) -> Tensor:
-    """[T, K] 31-bit numbers, equal for equal token, its experts (-1 for none), rank and salt."""
-    token = torch.arange(experts.shape[0], device=experts.device)
-    token = _mix(token + salt) + _mix(experts.to(torch.int64) + 1).sum(dim=1)
-    return _mix(token.unsqueeze(1) + (ranks + 1) * _MIX[1]) >> 33 & 0x7FFFFFFF
-
-
-def _mix(x: Tensor) -> Tensor:
-    """A number for each number, without any pattern (splitmix64's last steps); int64, which wraps around."""
-    x = (x ^ (x >> 30)) * _MIX[0]
-    x = (x ^ (x >> 27)) * _MIX[1]
-    return x ^ (x >> 31)
-
-
-def _starts_run(keys: Tensor) -> Tensor:
-    """[T, K] bool: where a key differs from the one before it in its row."""
-    starts = torch.ones_like(keys, dtype=torch.bool)
-    starts[:, 1:] = keys[:, 1:] != keys[:, :-1]
-    return starts
-
-
-def _put(values: Tensor, position: Tensor) -> Tensor:
-    """`values` [T, K] at `position` [T, K] of an array [T * K]; -1 goes nowhere, other places are 0."""
-    end = position.numel()
-    target = torch.where(position < 0, end, position).flatten()
-    return values.new_zeros(end + 1).scatter_(0, target, values.flatten())[:-1]
+def _random(count: int, seed: int) -> ndarray:
+    """[count] int64 without any pattern, always the same (splitmix64)."""
+    x = np.arange(1, count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(seed << 32)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return (x ^ (x >> np.uint64(31))).view(np.int64)

@@ -17,25 +17,23 @@ def wire_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def read_bits(rows: Tensor, position: Tensor, dtype: torch.dtype) -> Tensor:
-    """Numbers [N] of `dtype` that begin at the units `position` [N] of a buffer [R, H]."""
-    units = _units(rows)
-    return units[_span(position, dtype, units)].view(dtype).squeeze(1)
+def read_bits(rows: Tensor, index: Tensor, dtype: torch.dtype) -> Tensor:
+    """Numbers [N] of `dtype`, whose units are at `index` [N, n] of a buffer [R, H]."""
+    return units_of(rows)[index].view(dtype).squeeze(1)
 
 
-def write_bits(rows: Tensor, position: Tensor, values: Tensor) -> None:
-    """Put numbers `values` [N] at the units `position` [N] of a buffer [R, H], in place."""
-    units = _units(rows)
-    index = _span(position, values.dtype, units)
-    units.scatter_(0, index.flatten(), values.contiguous().unsqueeze(1).view(units.dtype).flatten())
+def write_bits(rows: Tensor, index: Tensor, values: Tensor) -> None:
+    """Put numbers `values` [N] at the units `index` [N, n] of a buffer [R, H], in place."""
+    units = units_of(rows)
+    units[index] = as_units(values, units.dtype)
 
 
-def _units(rows: Tensor) -> Tensor:
+def units_of(rows: Tensor) -> Tensor:
+    """A buffer [R, H] as a flat array of units."""
     size = unit_bytes(rows.shape[1] * rows.element_size())
     return rows.view(-1).view(torch.int32 if size == 4 else torch.int16)
 
 
-def _span(position: Tensor, dtype: torch.dtype, units: Tensor) -> Tensor:
-    """[N, n]: all units of numbers that begin at `position` [N]."""
-    length = dtype.itemsize // units.element_size()
-    return position.unsqueeze(1) + torch.arange(length, device=position.device)
+def as_units(values: Tensor, unit: torch.dtype) -> Tensor:
+    """Numbers [N] as units [N, n]."""
+    return values.contiguous().unsqueeze(1).view(unit)

@@ -14,11 +14,12 @@ from megatron_xmoe.dispatch.base import PaddingFreeDispatcher
 from megatron_xmoe.dispatch.bypass_exchange import Combine, Dispatch, Links, finish_dispatch, start_dispatch
 from megatron_xmoe.dispatch.bypass_plan import Plan
 from megatron_xmoe.dispatch.layout import Counts
-from megatron_xmoe.dispatch.pilots import Copies, PilotRule, Places, choose_copies, salt_of
+from megatron_xmoe.dispatch.pilots import PilotRule, Places, choose_copies, most_routes, salt_of
 from megatron_xmoe.dispatch.raw_bits import wire_dtype
 from megatron_xmoe.dispatch.state import BypassState
 from megatron_xmoe.metrics import Traffic, record_traffic, recording
 from megatron_xmoe.ops import Routes
+from megatron_xmoe.ops.bypass import Numbered
 from megatron_xmoe.parallel_state import NodeTopology
 from megatron_xmoe.profiling import profiled
 
@@ -66,7 +67,7 @@ class RedundancyBypassDispatcher(PaddingFreeDispatcher):
         self.pilot = pilot
         self.overlap = overlap
         self.links = Links(self.ep_group, topology.intra_group, self.guard)
-        self.places = Places.of(topology.node_of, topology.rank, "cpu")
+        self.places = self._places("cpu")
 
     def dispatch_preprocess(
         self, hidden_states: Tensor, routing_map: Tensor, probs: Tensor
@@ -85,22 +86,20 @@ class RedundancyBypassDispatcher(PaddingFreeDispatcher):
         tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
         self._check_size(*routes.inverse.shape)
         if self.places.mirror.device != tokens.device:
-            self.places = Places.of(self.topology.node_of, self.topology.rank, tokens.device)
+            self.places = self._places(tokens.device)
         salt = salt_of(self.layer_number, self.ep_rank) if self.pilot == "balanced" else None
-        copies = choose_copies(routes, self.num_local_experts, self.places, salt)
-        received, *told, everywhere = self._exchange_counts(routes, copies)
+        copies = choose_copies(routes, self.places, salt)
+        *told, everywhere = self._exchange_counts(routes, copies)
         counts = self._counts(*told, tokens, probs.dtype)
-        num_routes = int(counts.routes[0].sum())
         if recording():
             record_traffic(self.layer_number, self._traffic(counts))
         plan = Plan(
             counts=counts,
             places=self.places,
-            received=received,
-            target=copies.target.to(torch.int32),
-            number=copies.number.to(torch.int32),
-            route_ranks=routes.expert_ids[:num_routes].to(torch.int64) // self.num_local_experts,
-            slots=min(self.num_local_experts, routes.inverse.shape[1]),
+            bins=copies.bins,
+            number=copies.number,
+            expert_ids=routes.expert_ids[: int(counts.routes[0].sum())],
+            slots=most_routes(self.places, routes.inverse.shape[1]),
             arrival_order=self.tp_size > 1,  # ranks that share experts may reach them by different dispatchers
         )
         self.state = BypassState(
@@ -111,7 +110,7 @@ class RedundancyBypassDispatcher(PaddingFreeDispatcher):
             copies=copies,
             **self.arrival_state(everywhere, tokens.device, ordered=self.tp_size == 1),
         )
-        return tokens, routes.combine_weights[:num_routes]
+        return tokens, routes.combine_weights[: plan.sizes[0]]
 
     def token_dispatch(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
         """Exchange tokens [T, H] and weights [N]; returns rows [M, H] and weights [M] of the routes to this rank.
@@ -152,13 +151,16 @@ class RedundancyBypassDispatcher(PaddingFreeDispatcher):
         state, self.state = self.state, None
         return hidden_states.view(state.hidden_shape)
 
-    def _exchange_counts(self, routes: Routes, copies: Copies) -> tuple[Tensor, ndarray, ndarray, Tensor]:
-        """What each rank tells this one [G, 2R + L] (see Counts), on the device; and on the host what this rank tells
-        each, what each tells it, and the routes [ETP, G, L] that its `sources` are told of, whose R can be others."""
-        table = copies.counts.flatten()
-        mirrored = torch.cat([table, table.new_zeros(1)])[self.places.mirror].view_as(copies.counts)
-        per_rank = routes.tokens_per_expert.view(self.ep_size, self.num_local_experts)
-        sent = torch.cat([copies.counts, mirrored, per_rank], dim=1)
+    def _places(self, device: torch.device | str) -> Places:
+        return Places.of(self.topology.node_of, self.topology.rank, self.num_local_experts, device)
+
+    def _exchange_counts(self, routes: Routes, copies: Numbered) -> tuple[ndarray, ndarray, Tensor]:
+        """On the host: what this rank tells each [G, 2R + L] (see Counts), what each tells it, and the routes
+        [ETP, G, L] that its `sources` are told of, whose R can be others."""
+        places = self.places
+        table = copies.counts[:-1]
+        parts = table, table[places.mirror], routes.tokens_per_expert
+        sent = torch.cat([part.view(places.ranks, -1) for part in parts], dim=1)
         received = torch.empty_like(sent)
         dist.all_to_all_single(received, sent, group=self.ep_group)
         everywhere = self.of_tensor_ranks(received[:, -self.num_local_experts :])
@@ -166,7 +168,7 @@ class RedundancyBypassDispatcher(PaddingFreeDispatcher):
         flat = torch.cat([part.flatten() for part in parts]).cpu()  # the one host synchronisation of a pass
         sizes = [part.numel() for part in parts]
         on_cpu = [part.view(like.shape) for part, like in zip(flat.split(sizes), parts, strict=True)]
-        return received, *(part.numpy() for part in on_cpu[:2]), on_cpu[2]
+        return *(part.numpy() for part in on_cpu[:2]), on_cpu[2]
 
     def _counts(self, sent: ndarray, received: ndarray, tokens: Tensor, probs_dtype: torch.dtype) -> Counts:
         return Counts(
@@ -179,7 +181,7 @@ class RedundancyBypassDispatcher(PaddingFreeDispatcher):
         )
 
     def _traffic(self, counts: Counts) -> Traffic:
-        remote = counts.places.node_of != counts.places.node_of[counts.places.rank]
+        remote = counts.places.remote
         other = np.arange(self.ep_size) != self.ep_rank
         rows, routes = counts.rows[0], counts.routes[0].sum(1)
         # besides meta rows, each rank gets its counts
@@ -196,7 +198,7 @@ class RedundancyBypassDispatcher(PaddingFreeDispatcher):
         )
 
     def _check_size(self, tokens: int, topk: int) -> None:
-        per_token = self.places.width * min(self.num_local_experts, topk)
+        per_token = self.places.width * most_routes(self.places, topk)
         if tokens * per_token > LARGEST_WORD:
             raise ValueError(
                 f"{tokens} tokens of a rank's micro-batch; with {self.places.width} ranks on a node redundancy "

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from megatron_xmoe.dispatch.bypass_plan import Found, Plan
-from megatron_xmoe.dispatch.pilots import Copies
+from megatron_xmoe.ops.bypass import Numbered
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class BypassState(DispatchState):
     """Of redundancy-bypassing dispatch."""
 
     plan: Plan
-    copies: Copies | None
+    copies: Numbered | None
     """What was chosen for this rank's tokens; None once it is sent."""
 
     found: Found | None = None

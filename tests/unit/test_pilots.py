@@ -7,9 +7,10 @@ import torch
 from tolerances import assert_same
 
 from megatron_xmoe.dispatch.layout import Counts, Layout
-from megatron_xmoe.dispatch.pilots import Places, choose_copies, find_copies, salt_of
+from megatron_xmoe.dispatch.pilots import Places, choose_copies, salt_of
 from megatron_xmoe.dispatch.raw_bits import read_bits, unit_bytes, write_bits
 from megatron_xmoe.ops import build_routes
+from megatron_xmoe.ops.bypass import read_words
 
 PLACEMENTS = [(0, 0, 1, 1), (0, 1, 0, 1), (0, 0, 0, 1), (0, 0, 0, 1, 1, 1, 1, 1), (0, 1, 2, 0, 1, 2), (0, 0, 1)]
 SIZES = [(1, 1), (1, 3), (3, 2), (2, 6), (4, 8)]  # experts of a rank, experts of a token
@@ -28,8 +29,16 @@ def chosen(node_of: tuple[int, ...], local: int, topk: int, tokens: int, rank: i
 def copies_of(node_of, local, topk, tokens=9, rank=1, salt: int | None = 5):
     """What is chosen on the CPU, with what it was chosen for."""
     routes, experts = chosen(node_of, local, topk, tokens, rank)
-    places = Places.of(node_of, rank, "cpu")
-    return choose_copies(routes, local, places, salt), routes, experts, places
+    places = Places.of(node_of, rank, local, "cpu")
+    return choose_copies(routes, places, salt), routes, experts, places
+
+
+def targets(bins: torch.Tensor, places: Places) -> torch.Tensor:
+    """[T, K]: the rank to which a route's row is sent; G where the copy stays; -1 where no row is sent."""
+    rank = bins.clamp_min(0) // places.width
+    ranks = torch.arange(places.ranks + 1)
+    sent = torch.tensor([*places.local_of, 0])[rank] == bins % places.width
+    return torch.where((bins >= 0) & sent, ranks[rank], -1)
 
 
 @pytest.mark.parametrize("salt", [None, 5])
@@ -40,18 +49,19 @@ def test_every_route_finds_its_copy(node_of, local, topk, salt):
     copies, routes, experts, places = copies_of(node_of, local, topk, salt=salt)
     me = places.rank
     sent, forwarded = {}, {}  # (target, number) -> token; (pilot's rank, who gets it, number) -> token
-    for token, row in enumerate(copies.target.tolist()):
+    for token, row in enumerate(targets(copies.bins, places).tolist()):
         for k, target in enumerate(row):
             number = int(copies.number[token, k])
             if 0 <= target < len(node_of):
                 assert sent.setdefault((target, number), token) == token
             elif target == len(node_of):
                 assert number == token
-            if (place := int(copies.lists[token, k])) >= 0:
+            elif (place := int(copies.bins[token, k])) >= 0:
                 pilot, there = divmod(place, places.width)
                 members = [r for r, node in enumerate(node_of) if node == node_of[pilot]]
                 key = (pilot, members[there], number)
-                assert key not in forwarded and sent_token(copies, pilot, copies.pilot_number[token, k]) == token
+                assert key not in forwarded
+                assert sent_token(copies, places, pilot, copies.pilot_number[token, k]) == token
                 forwarded[key] = token
     expected_sent, expected_forwarded = Counter(), 0
     for chosen_experts in experts:
@@ -64,8 +74,10 @@ def test_every_route_finds_its_copy(node_of, local, topk, salt):
     assert len(forwarded) == expected_forwarded
     # each route's word, as the expert's rank reads it
     total = int(routes.tokens_per_expert.sum())
-    parts = find_copies(copies.words[:total], places.width, min(local, routes.inverse.shape[1]))
-    found = zip(*(part.tolist() for part in parts), strict=True)
+    slots = min(local, routes.inverse.shape[1])
+    place, number, slotted = read_words(copies.words[:total], places.width, slots)
+    assert_same(slotted // slots, number)
+    found = zip(*(part.tolist() for part in (place, number, slotted % slots)), strict=True)
     pairs = zip(routes.token_ids.tolist(), routes.expert_ids.tolist(), strict=True)
     seen = defaultdict(list)
     for (place, number, slot), (token, expert) in zip(found, pairs, strict=False):
@@ -82,50 +94,51 @@ def test_every_route_finds_its_copy(node_of, local, topk, salt):
     check_counts(copies, sent, forwarded, node_of, places)
 
 
-def sent_token(copies, target: int, number: int) -> int:
+def sent_token(copies, places, target: int, number: int) -> int:
     """The token whose row is this one of those sent to a rank."""
-    (place,) = ((copies.target == target) & (copies.number == number)).nonzero().tolist()
+    (place,) = ((targets(copies.bins, places) == target) & (copies.number == number)).nonzero().tolist()
     return place[0]
 
 
 def check_counts(copies, sent, forwarded, node_of, places) -> None:
-    expected = torch.zeros_like(copies.counts)
+    expected = torch.zeros(places.ranks, places.width, dtype=torch.int64)
     for target, _ in sent:
         expected[target, places.local_of[target]] += 1
     for pilot, rank, _ in forwarded:
         expected[pilot, places.local_of[rank]] += 1
-    assert_same(copies.counts, expected)
+    assert_same(copies.counts[:-1].view_as(expected), expected)
 
 
 def pilots(copies) -> list[list[int]]:
-    """Sorted targets of each token."""
-    return [sorted(row) for row in copies.target.tolist()]
+    """Sorted bins of each token."""
+    return [sorted(row) for row in copies.bins.tolist()]
 
 
 def test_pilots_are_spread_and_repeatable():
     """A fair share for every rank of a node, the same every time, other in another layer, rank or token."""
     node_of, tokens = (0, 1, 1, 1, 1), 4000
-    choice = {salt: copies_of(node_of, 2, 10, tokens, rank=0, salt=salt)[0] for salt in (salt_of(1, 0), salt_of(2, 0))}
-    first, second = choice.values()
+    first, second = (copies_of(node_of, 2, 10, tokens, rank=0, salt=salt_of(layer, 0))[0] for layer in (1, 2))
+    places = Places.of(node_of, 0, 2, "cpu")
     again = copies_of(node_of, 2, 10, tokens, rank=0, salt=salt_of(1, 0))[0]
-    assert_same(again.target, first.target)
+    assert_same(again.bins, first.bins)
     assert_same(again.words, first.words)
     assert sum(a != b for a, b in zip(pilots(first), pilots(second), strict=True)) > tokens / 2
     for copies in (first, second):
-        rows = torch.tensor([int((copies.target == rank).sum()) for rank in range(1, 5)])
+        rows = torch.tensor([int((targets(copies.bins, places) == rank).sum()) for rank in range(1, 5)])
         assert (rows / rows.sum() - 0.25).abs().max() < 0.03
     only_first = copies_of(node_of, 2, 10, tokens, rank=0, salt=None)[0]
-    assert (only_first.target == 1).sum() > 0.8 * tokens
+    assert (targets(only_first.bins, places) == 1).sum() > 0.8 * tokens
 
 
 def test_pilots_follow_the_routes():
     """The same tokens get other pilots in a step in which they choose other experts."""
     node_of, ids = (0, 1, 1, 1), torch.arange(8).expand(500, 8).clone()
-    weights, places = torch.rand(500, 8), Places.of(node_of, 0, "cpu")
-    before = choose_copies(build_routes(ids, weights, 8), 2, places, 1)
+    weights, places = torch.rand(500, 8), Places.of(node_of, 0, 2, "cpu")
+    before = choose_copies(build_routes(ids, weights, 8), places, 1)
     ids[:, 0] = -1  # one of the own node's experts less: the candidates are the same
-    after = choose_copies(build_routes(ids, weights, 8), 2, places, 1)
-    there = [torch.where(copies.target < 4, copies.target, 0).amax(dim=1) for copies in (before, after)]
+    after = choose_copies(build_routes(ids, weights, 8), places, 1)
+    found = [targets(copies.bins, places) for copies in (before, after)]
+    there = [torch.where(target < 4, target, 0).amax(dim=1) for target in found]
     assert (there[0] != there[1]).float().mean() > 0.5
 
 
@@ -134,11 +147,10 @@ def world_of_counts(node_of, local, topk, row_bytes=64, weight_bytes=4) -> list[
     told = []
     for rank in range(len(node_of)):
         copies, routes, _, places = copies_of(node_of, local, topk, tokens=3 + 2 * rank, rank=rank)
-        mirrored = torch.cat([copies.counts.flatten(), torch.zeros(1, dtype=torch.int64)])[places.mirror]
-        per_rank = routes.tokens_per_expert.view(len(node_of), local)
-        told.append(torch.cat([copies.counts, mirrored.view_as(copies.counts), per_rank], dim=1))
+        parts = copies.counts[:-1], copies.counts[places.mirror], routes.tokens_per_expert
+        told.append(torch.cat([part.view(len(node_of), -1) for part in parts], dim=1))
     return [
-        Counts(Places.of(node_of, rank, "cpu"), 3 + 2 * rank, row_bytes, weight_bytes, told[rank].numpy(),
+        Counts(Places.of(node_of, rank, local, "cpu"), 3 + 2 * rank, row_bytes, weight_bytes, told[rank].numpy(),
                torch.stack([one[rank] for one in told]).numpy())
         for rank in range(len(node_of))
     ]  # fmt: skip
@@ -192,8 +204,8 @@ def test_bits_survive_in_rows(dtype, hidden):
     integers = torch.randint(-(2**31), 2**31 - 1, (6,), generator=generator).to(torch.int32)
     weights = torch.tensor([0.1, float("nan"), -0.0, 1e-310, 3.0], dtype=torch.float64)
     start = 3
-    integers_at = start + torch.arange(6).flip(0) * (4 // unit)
-    weights_at = start + 6 * 4 // unit + torch.arange(5) * (8 // unit)
+    integers_at = start + torch.arange(6 * 4 // unit).view(6, -1).flip(0)
+    weights_at = start + 6 * 4 // unit + torch.arange(5 * 8 // unit).view(5, -1)
     write_bits(rows, integers_at, integers)
     write_bits(rows, weights_at, weights)
     assert_same(read_bits(rows, integers_at, torch.int32), integers)
