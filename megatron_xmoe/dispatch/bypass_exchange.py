@@ -11,9 +11,9 @@ from megatron_xmoe.dispatch import bypass_plan
 from megatron_xmoe.dispatch.bypass_plan import Found, Plan, spare_rows
 from megatron_xmoe.dispatch.exchange import Pending, start_exchange
 from megatron_xmoe.dispatch.layout import Splits
-from megatron_xmoe.dispatch.raw_bits import read_bits, wire_dtype, write_bits
 from megatron_xmoe.ops import gather_rows, gather_sum
 from megatron_xmoe.ops.bypass import Numbered
+from megatron_xmoe.ops.raw_bits import wire_dtype
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ def finish_dispatch(underway: Underway, plan: Plan, links: Links, dtype: torch.d
     pilots = tables.list_rows[:, 1][lists[0]] + lists[1]
     forwarded = links.inside(rows[own_end:end], gather_rows(rows[:inside], pilots), layout.inside[1])
     underway.own.wait()
-    routes, weights = bypass_plan.read_routes(plan, rows, wire_dtype(dtype))
+    *routes, weights = bypass_plan.read_routes(plan, rows, wire_dtype(dtype))
     found = Found(*routes, *lists)
     index = bypass_plan.rows_of_routes(found, tables)
     forwarded.wait()
@@ -122,8 +122,7 @@ def spread(tokens: Tensor, plan: Plan, found: Found, links: Links) -> Tensor:
     rows = tokens.new_empty(end, tokens.shape[1])
     rows[:first] = tokens
     between = links.between(rows[first:inside], gather_rows(tokens, index[back:total]), layout.between)
-    forwards, pilots = bypass_plan.forwarding(plan, found, tables)
-    index[forwards] = pilots
+    bypass_plan.add_forwarded(index, plan, found, tables)
     of_routes = bypass_plan.rows_of_routes(found, tables)
     between.wait()
     links.inside(rows[inside:], gather_rows(rows[:inside], index[inside:back]), layout.inside[0]).wait()
@@ -146,8 +145,7 @@ def collect(
     _, _, back, total = layout.at_tokens
     summed = gather_sum(rows, bypass_plan.routes_of_rows(plan, found, tables, end + spare_rows(plan.counts)))
     if weights is not None:
-        from_node, from_abroad = bypass_plan.weights_in(plan, found)
-        write_bits(summed, from_node, weights)
+        bypass_plan.return_weights(plan, found, weights, summed, abroad=False)
     gathered = rows.new_empty(total, rows.shape[1])
     returned = links.inside(gathered[inside:back], summed[inside:end], layout.inside[0].back)
     gathered[:inside] = summed[:inside]
@@ -155,14 +153,14 @@ def collect(
     returned.wait()
     pilots = gather_sum(gathered[:back], parts)
     if weights is not None:
-        write_bits(pilots, from_abroad, weights)
+        bypass_plan.return_weights(plan, found, weights, pilots, abroad=True)
     returned = links.between(gathered[back:], pilots[: inside - first], layout.between.back)
     of_tokens = bypass_plan.tokens_table(plan, tables)
     returned.wait()
     sums = gather_sum(gathered, of_tokens)
     if weights is None:
         return sums, None
-    return sums, read_bits(gathered, bypass_plan.weights_out(plan), weights.dtype)
+    return sums, bypass_plan.returned_weights(plan, gathered, weights.dtype)
 
 
 class Dispatch(torch.autograd.Function):

@@ -2,7 +2,7 @@
 
 Tables are made on the host and sent to the device together; index arrays are looked up in them there. Nothing here
 communicates or waits for a device. Meta rows hold, for each rank, lists of pilots to forward, by who gets them; then a
-*record* for each route: its word and its weight. Positions of bits are counted in units, see `raw_bits`.
+*record* for each route: its word and its weight. Positions of bits are counted in units, see `ops.raw_bits`.
 
 Letters: T tokens, K routes per token, N routes sent, M routes received, F rows to forward, G ranks, R ranks of the
 largest node, J ranks of this node, L experts of a rank, S most routes of a copy, B = G * R + 2 bins (see `ops.bypass`).
@@ -18,8 +18,9 @@ from torch import Tensor
 
 from megatron_xmoe.dispatch.layout import Counts, Layout, starts
 from megatron_xmoe.dispatch.pilots import Places
-from megatron_xmoe.dispatch.raw_bits import as_units, read_bits, unit_bytes, units_of, write_bits
-from megatron_xmoe.ops.bypass import FAR, Numbered, owners, read_words, rows_of_copies, sources_of_rows
+from megatron_xmoe.ops import bypass
+from megatron_xmoe.ops.bypass import FAR, Numbered
+from megatron_xmoe.ops.raw_bits import read_units, unit_bytes, units_of
 
 
 @dataclass(frozen=True)
@@ -132,18 +133,20 @@ class Tables:
     routes_in: Tensor | None = None
     """[L * G, units of a record]: where records of a segment begin, for numbers of all received routes."""
 
-    weights_in: Tensor | None = None
-    """[L * G, 2, units of a weight]: where their weights begin if the source is on this node, and else FAR; the same,
-    in the rows between nodes, if it is on another."""
+    node_weights_in: Tensor | None = None
+    """[L * G, units of a weight]: where their weights begin if the source is on this node, else FAR."""
+
+    abroad_weights_in: Tensor | None = None
+    """[L * G, units of a weight]: the same in the rows between nodes, if the source is on another."""
 
     sources: Tensor | None = None
     """[L * G]: rank of a segment's tokens * J."""
 
-    list_sizes: Tensor | None = None
-    """[J * G]: F by segment."""
+    list_ends: Tensor | None = None
+    """[J * G]: rows to forward of the segments up to each; the last one is F."""
 
-    route_sizes: Tensor | None = None
-    """[L * G]: M by segment."""
+    route_ends: Tensor | None = None
+    """[L * G]: the same of received routes; the last one is M."""
 
 
 def units_of_numbers(counts: Counts) -> tuple[int, int, int]:
@@ -193,16 +196,16 @@ def meta_tables(layout: Layout, arrival_order: bool) -> dict[str, ndarray]:
     list_sizes, route_sizes, sources = lists_from.T.ravel(), routes_from.ravel(), sources.ravel()
     records = routes_in.ravel() - starts(route_sizes) * record
     weights, remote = records + word, places.remote[sources]
-    weights = np.stack([np.where(remote, FAR, weights), np.where(remote, weights - counts.tokens * units, FAR)], axis=1)
     return {
         "list_out": np.append(list_out, (FAR, FAR))[:, None] + np.arange(word),
         "routes_out": routes_out.repeat(routes_to.shape[1])[:, None] + np.arange(record),
         "list_in": (list_in.T.ravel() - starts(list_sizes) * word)[:, None] + np.arange(word),
         "routes_in": records[:, None] + np.arange(record),
-        "weights_in": weights[:, :, None] + np.arange(weight),
+        "node_weights_in": np.where(remote, FAR, weights)[:, None] + np.arange(weight),
+        "abroad_weights_in": np.where(remote, weights - counts.tokens * units, FAR)[:, None] + np.arange(weight),
         "sources": sources * members,
-        "list_sizes": list_sizes,
-        "route_sizes": route_sizes,
+        "list_ends": list_sizes.cumsum(),
+        "route_ends": route_sizes.cumsum(),
     }
 
 
@@ -215,13 +218,13 @@ def on_device(arrays: dict[str, ndarray], device: torch.device) -> dict[str, Ten
 
 def tokens_table(plan: Plan, tables: Tables) -> Tensor:
     """[T, K] int64: rows, at the tokens, that are copies of a token or sums for it; negative for none."""
-    return rows_of_copies(plan.bins, plan.number, tables.sums)
+    return bypass.rows_of_copies(plan.bins, plan.number, tables.sums)
 
 
 def rows_to_send(plan: Plan, tables: Tables, end: int) -> Tensor:
     """[end + spare_rows] int64: token of each row at the tokens before `end` that is sent, -1 for other rows."""
     tokens = plan.numbers[: plan.counts.tokens]
-    return sources_of_rows(plan.bins, plan.number, tables.sends, end + spare_rows(plan.counts), tokens)
+    return bypass.sources_of_rows(plan.bins, plan.number, tables.sends, end + spare_rows(plan.counts), tokens)
 
 
 def write_meta(rows: Tensor, weights: Tensor, copies: Numbered, plan: Plan, unsent: int) -> None:
@@ -229,34 +232,25 @@ def write_meta(rows: Tensor, weights: Tensor, copies: Numbered, plan: Plan, unse
 
     Args: weights [N] in a type for the wire.
     """
-    per_row, word, per_weight = units_of_numbers(plan.counts)
-    tables, units = plan.there, units_of(rows)
-    at = torch.add(tables.list_out[plan.bins], plan.number.unsqueeze(2), alpha=word).clamp_(max=unsent * per_row)
-    write_bits(rows, at.view(-1, word), copies.pilot_number.flatten())
-    numbers = plan.numbers[: weights.shape[0]].unsqueeze(1)
-    at = torch.add(tables.routes_out[plan.expert_ids], numbers, alpha=word + per_weight)
-    words = copies.words[: weights.shape[0]]
-    units[at] = torch.cat([as_units(words, units.dtype), as_units(weights, units.dtype)], dim=1)
+    tables, nowhere = plan.there, unsent * units_of_numbers(plan.counts)[0]
+    bypass.write_meta(
+        units_of(rows), copies, tables.list_out, weights, plan.expert_ids, tables.routes_out, nowhere, plan.numbers
+    )
 
 
 def read_lists(plan: Plan, rows: Tensor) -> tuple[Tensor, Tensor]:
     """The lists of rows to forward: Found's `list_segment` and `list_number`, from rows at the experts."""
-    tables, total, word = plan.there, plan.sizes[2], units_of_numbers(plan.counts)[1]
-    segment = owners(tables.list_sizes, total)
-    at = torch.add(tables.list_in[segment], plan.numbers[:total].unsqueeze(1), alpha=word)
-    return segment, read_bits(rows, at, torch.int32)
+    tables = plan.there
+    return bypass.read_lists(units_of(rows), tables.list_ends, tables.list_in, plan.numbers[: plan.sizes[2]])
 
 
-def read_routes(plan: Plan, rows: Tensor, dtype: torch.dtype) -> tuple[tuple[Tensor, ...], Tensor]:
+def read_routes(plan: Plan, rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Found's `segment`, `copy`, `number` and `slotted`, and the weights [M] of `dtype`, from rows at the experts."""
-    tables, total = plan.there, plan.sizes[1]
-    _, word, per_weight = units_of_numbers(plan.counts)
-    segment = owners(tables.route_sizes, total)
-    at = torch.add(tables.routes_in[segment], plan.numbers[:total].unsqueeze(1), alpha=word + per_weight)
-    words = read_bits(rows, at[:, :word], torch.int32)
-    place, number, slotted = read_words(words, plan.places.width, plan.slots)
-    copy = tables.sources[segment] + place
-    return (segment, copy, number, slotted), read_bits(rows, at[:, word:], dtype)
+    tables, numbers = plan.there, plan.numbers[: plan.sizes[1]]
+    return bypass.read_routes(
+        units_of(rows), tables.route_ends, tables.routes_in, tables.sources, plan.places.width, plan.slots, dtype,
+        numbers,
+    )  # fmt: skip
 
 
 def rows_of_routes(found: Found, tables: Tables) -> Tensor:
@@ -266,43 +260,41 @@ def rows_of_routes(found: Found, tables: Tables) -> Tensor:
 
 def routes_of_rows(plan: Plan, found: Found, tables: Tables, rows: int) -> Tensor:
     """[rows, S] int64: routes of each row at the experts, -1 for none."""
-    table = plan.numbers.new_full((rows * plan.slots,), -1)
-    index = torch.add(found.slotted, tables.copies[found.copy], alpha=plan.slots)
-    table[index] = plan.numbers[: index.shape[0]]
-    return table.view(rows, plan.slots)
+    numbers = plan.numbers[: plan.sizes[1]]
+    return bypass.routes_of_rows(found.copy, found.slotted, tables.copies, rows, plan.slots, numbers)
 
 
-def forwarding(plan: Plan, found: Found, tables: Tables) -> tuple[Tensor, Tensor]:
-    """[F] int64: where, at the tokens, each row is that this rank forwards, and the row of its pilot at the experts."""
-    forwards, pilots, _ = tables.list_rows[found.list_segment].unbind(1)
-    return forwards + plan.numbers[: forwards.shape[0]], pilots + found.list_number
+def add_forwarded(index: Tensor, plan: Plan, found: Found, tables: Tables) -> None:
+    """Put into `index`, of rows at the tokens, the row at the experts of the pilot of each row that is forwarded."""
+    numbers = plan.numbers[: plan.sizes[2]]
+    bypass.add_forwarded(index, found.list_segment, found.list_number, tables.list_rows, numbers)
 
 
 def parts_of_pilots(plan: Plan, found: Found, tables: Tables) -> Tensor:
     """[P + spare_rows, J] int64: the rows, at the tokens, that make up the sum of each of the P rows between nodes."""
     first, end, _ = tables.layout.at_experts
-    width = len(plan.places.members)
-    table = plan.numbers.new_full((end - first + spare_rows(plan.counts), width), -1)
-    table[: end - first, plan.places.local] = torch.arange(first, end, device=table.device)
-    forwards, _, parts = tables.list_rows[found.list_segment].unbind(1)
-    index = torch.add(parts, found.list_number, alpha=width)
-    table.view(-1)[index] = forwards + plan.numbers[: forwards.shape[0]]
-    return table
+    return bypass.parts_of_pilots(
+        found.list_segment, found.list_number, tables.list_rows, first, end - first, spare_rows(plan.counts),
+        len(plan.places.members), plan.places.local, plan.numbers[: plan.sizes[2]],
+    )  # fmt: skip
 
 
-def weights_in(plan: Plan, found: Found) -> tuple[Tensor, Tensor]:
-    """[M, units] int64: where, at the experts, the weights of routes from this node return; and, in the rows between
-    nodes, those of other routes. The rest goes to the first row behind each buffer."""
-    tables = plan.back_with_weights
-    per_row, word, per_weight = units_of_numbers(plan.counts)
-    first, inside, end = tables.layout.at_experts
-    numbers = plan.numbers[: found.segment.shape[0], None, None]
-    node, abroad = torch.add(tables.weights_in[found.segment], numbers, alpha=word + per_weight).unbind(1)
-    return node.clamp(max=end * per_row), abroad.clamp(max=(inside - first) * per_row)
+def return_weights(plan: Plan, found: Found, weights: Tensor, rows: Tensor, abroad: bool) -> None:
+    """Write weights [M] of received routes into `rows` that return to where they came from.
+
+    Args: rows between nodes for those from other nodes (`abroad`), or rows at the experts for those from this one;
+        with spare rows.
+    """
+    tables, (per_row, word, per_weight) = plan.back_with_weights, units_of_numbers(plan.counts)
+    begins = tables.abroad_weights_in if abroad else tables.node_weights_in
+    nowhere = (rows.shape[0] - spare_rows(plan.counts)) * per_row
+    numbers = plan.numbers[: plan.sizes[1]]
+    bypass.write_weights(units_of(rows), found.segment, weights, begins, word + per_weight, nowhere, numbers)
 
 
-def weights_out(plan: Plan) -> Tensor:
-    """[N, units] int64: where, at the tokens, the weights of sent routes return."""
+def returned_weights(plan: Plan, rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """The weights [N] of sent routes that returned among `rows` at the tokens."""
     _, word, per_weight = units_of_numbers(plan.counts)
     at = plan.back_with_weights.routes_out[:, word:][plan.expert_ids]
-    return torch.add(at, plan.numbers[: at.shape[0]].unsqueeze(1), alpha=word + per_weight)
+    at = torch.add(at, plan.numbers[: plan.sizes[0]].unsqueeze(1), alpha=word + per_weight)
+    return read_units(units_of(rows), at, dtype)

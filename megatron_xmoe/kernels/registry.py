@@ -19,6 +19,8 @@ ENVIRONMENT = "XMOE_KERNELS"
 PREFERENCE = ("cpp", "triton", "reference")
 FASTER = {"sum_rows": "triton"}
 """Operations that another backend does faster than the first on NVIDIA GPUs (one H200, docs/benchmarks.md)."""
+ONLY_PINNED = {"bypass": "not measured on a GPU yet"}
+"""What Triton computes only where it is pinned, and plain torch with `auto`, and why; see `triton_is_usable`."""
 _MODULES = {
     "cpp": ("cpp",),
     "triton": ("triton_routes", "triton_rows"),
@@ -115,9 +117,13 @@ def _faster_elsewhere(pinned: str, device_type: str) -> list[str]:
     return [operation for operation, name in FASTER.items() if _candidate(name, device_type).usable]
 
 
-def triton_is_usable(device_type: str) -> bool:
-    """Whether Triton may compute what only it has a kernel for: it can run there, and plain torch was not asked for."""
-    return _pinned() != "reference" and _candidate("triton", device_type).usable
+def triton_is_usable(device_type: str, part: str = "") -> bool:
+    """Whether Triton may compute what only it has a kernel for: it can run there, and plain torch was not asked for.
+
+    Args: part, its name if it may be in ONLY_PINNED.
+    """
+    wanted = _pinned() == "triton" if part in ONLY_PINNED else _pinned() != "reference"
+    return wanted and _candidate("triton", device_type).usable
 
 
 def implementation(name: str, operation: str) -> Callable:

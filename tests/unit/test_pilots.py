@@ -8,9 +8,9 @@ from tolerances import assert_same
 
 from megatron_xmoe.dispatch.layout import Counts, Layout
 from megatron_xmoe.dispatch.pilots import Places, choose_copies, salt_of
-from megatron_xmoe.dispatch.raw_bits import read_bits, unit_bytes, write_bits
 from megatron_xmoe.ops import build_routes
 from megatron_xmoe.ops.bypass import read_words
+from megatron_xmoe.ops.raw_bits import as_units, read_units, unit_bytes, units_of
 
 PLACEMENTS = [(0, 0, 1, 1), (0, 1, 0, 1), (0, 0, 0, 1), (0, 0, 0, 1, 1, 1, 1, 1), (0, 1, 2, 0, 1, 2), (0, 0, 1)]
 SIZES = [(1, 1), (1, 3), (3, 2), (2, 6), (4, 8)]  # experts of a rank, experts of a token
@@ -206,11 +206,11 @@ def test_bits_survive_in_rows(dtype, hidden):
     start = 3
     integers_at = start + torch.arange(6 * 4 // unit).view(6, -1).flip(0)
     weights_at = start + 6 * 4 // unit + torch.arange(5 * 8 // unit).view(5, -1)
-    write_bits(rows, integers_at, integers)
-    write_bits(rows, weights_at, weights)
-    assert_same(read_bits(rows, integers_at, torch.int32), integers)
-    assert_same(read_bits(rows, weights_at, torch.float64), weights)
     units = torch.int32 if unit == 4 else torch.int16
+    for index, values in ((integers_at, integers), (weights_at, weights)):
+        units_of(rows)[index] = as_units(values, units)
+    assert_same(read_units(units_of(rows), integers_at, torch.int32), integers)
+    assert_same(read_units(units_of(rows), weights_at, torch.float64), weights)
     end = start + (6 * 4 + 5 * 8) // unit
     same = rows.view(-1).view(units) == before.view(-1).view(units)
     assert same[:start].all() and same[end:].all()

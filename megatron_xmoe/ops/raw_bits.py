@@ -17,17 +17,6 @@ def wire_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def read_bits(rows: Tensor, index: Tensor, dtype: torch.dtype) -> Tensor:
-    """Numbers [N] of `dtype`, whose units are at `index` [N, n] of a buffer [R, H]."""
-    return units_of(rows)[index].view(dtype).squeeze(1)
-
-
-def write_bits(rows: Tensor, index: Tensor, values: Tensor) -> None:
-    """Put numbers `values` [N] at the units `index` [N, n] of a buffer [R, H], in place."""
-    units = units_of(rows)
-    units[index] = as_units(values, units.dtype)
-
-
 def units_of(rows: Tensor) -> Tensor:
     """A buffer [R, H] as a flat array of units."""
     size = unit_bytes(rows.shape[1] * rows.element_size())
@@ -35,5 +24,10 @@ def units_of(rows: Tensor) -> Tensor:
 
 
 def as_units(values: Tensor, unit: torch.dtype) -> Tensor:
-    """Numbers [N] as units [N, n]."""
-    return values.contiguous().unsqueeze(1).view(unit)
+    """Numbers [...] as units [..., n]."""
+    return values.contiguous().unsqueeze(-1).view(unit)
+
+
+def read_units(units: Tensor, index: Tensor, dtype: torch.dtype) -> Tensor:
+    """Numbers [N] of `dtype`, whose units are at `index` [N, n]."""
+    return units[index].view(dtype).squeeze(1)
