@@ -20,14 +20,19 @@ import pytest
 
 @pytest.fixture(scope="session")
 def interpreted() -> Iterator[Callable[..., Any]]:
-    """Calls a function of megatron_xmoe.kernels.triton_* with poisoned memory: interpreted(module, name, *args)."""
+    """Calls a function of megatron_xmoe.kernels.triton_* with poisoned memory: interpreted(module, name, *args).
+
+    With `returned` the result is that argument, into which the function writes.
+    """
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as worker:
         with mock.patch.dict(os.environ, TRITON_INTERPRET="1"):
             worker.submit(os.getpid).result()  # the process starts, and takes its environment, with the first task
 
-        def call(module: str, name: str, *args, constants: dict[str, int] | None = None) -> Any:
+        def call(
+            module: str, name: str, *args, constants: dict[str, int] | None = None, returned: int | None = None
+        ) -> Any:
             # plain bytes: torch would pass tensors to another process by file descriptors
-            task = pickle.dumps((module, name, args, constants or {}))
+            task = pickle.dumps((module, name, args, constants or {}, returned))
             return pickle.loads(worker.submit(run_interpreted, task).result())
 
         yield call
@@ -35,12 +40,13 @@ def interpreted() -> Iterator[Callable[..., Any]]:
 
 def run_interpreted(task: bytes) -> bytes:
     """In the process of its own: the pickled result of a pickled call, with constants of the module replaced."""
-    module_name, function, args, constants = pickle.loads(task)
+    module_name, function, args, constants, returned = pickle.loads(task)
     mend_interpreter()
     module = importlib.import_module(f"megatron_xmoe.kernels.{module_name}")
     replaced = mock.patch.multiple(module, **constants) if constants else mock.MagicMock()
     with harness.poisoned_memory(), replaced:
-        return pickle.dumps(getattr(module, function)(*args))
+        result = getattr(module, function)(*args)
+    return pickle.dumps(result if returned is None else args[returned])
 
 
 def mend_interpreter() -> None:

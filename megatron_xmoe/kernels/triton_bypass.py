@@ -22,8 +22,8 @@ def order_copies(
     """The first half of `ops.bypass.number_copies`, for up to 128 routes of a token.
 
     Returns:
-        [T, K] in the order of the keys: bins int64; positions in expert order int32, -1 for none; links int32: column of
-        the copy's first route + 2**8 * column of the node's first + 2**16 * place that the copy comes from.
+        [T, K] in the order of the keys: bins int64; positions in expert order int32, -1 for none; links int32, which
+        are column of the copy's first route + 2**8 * column of the node's first + 2**16 * place it comes from.
     """
     tokens, per_token = inverse.shape
     bins = torch.empty(inverse.shape, dtype=torch.int64, device=inverse.device)

@@ -3,12 +3,15 @@
 Every placement of ranks on nodes runs in one set of processes; what they computed and sent is compared here.
 """
 
+import importlib.util
+import os
 from dataclasses import replace
+from unittest import mock
 
 import harness
 import pytest
 import torch
-from bypass_cases import B, Passage, input_of, oracle, run_passages
+from bypass_cases import B, Passage, input_of, oracle, run_interpreted, run_passages
 from tolerances import RELATIVE_RMS, assert_close, assert_same, relative_rms_error
 
 UNEVEN = (3, 1, 5, 2)
@@ -169,6 +172,31 @@ def rows_of(passes) -> list:
     """The exchanges of rows in passes, those of counts left out."""
     calls = [call for one in passes for part in ("forward", "backward") for call in one[part][0]]
     return [call for call in calls if call.sent is not None]
+
+
+INTERPRETED = [
+    Passage(TWO, 12, 8, UNEVEN),
+    Passage(THREE_ONE, 8, 3, (0, 0, 5, 0)),
+    Passage(TWO, 8, 3, UNEVEN, capacity=0.6),
+    Passage(TWO, 8, 3, UNEVEN, hidden=33, dtype=torch.float32),
+    Passage(TWO, 8, 3, UNEVEN, hidden=1, dtype=torch.bfloat16),  # units of two bytes
+]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+def test_triton_gives_the_same_bits(computed):
+    """Whole passes with Triton's kernels, in its interpreter, against those with the others."""
+    with mock.patch.dict(os.environ, TRITON_INTERPRET="1", XMOE_KERNELS="triton"):
+        ranks = harness.run_distributed(run_interpreted, 4, INTERPRETED, timeout=600)
+    for case in INTERPRETED:
+        for rank, (found, expected) in enumerate(zip((r[case]["rbd"] for r in ranks), computed[case], strict=True)):
+            names = ["arrived", "weights", "per_expert"]
+            if case.dtype != torch.bfloat16:  # the interpreter rounds by cutting off
+                names += ["output", "x", "probs", "matrices"]
+            for name in names:
+                assert_same(found[name], expected["rbd"][name])
+            assert_same(found["pilots"][0], expected["rbd"]["pilots"][0])
+            check_exchanges(case, rank, {"rbd": found})
 
 
 @pytest.mark.slow
