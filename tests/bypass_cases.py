@@ -201,27 +201,27 @@ def run_pass(case: Passage, dispatcher, rank: int, checkpointed: bool = False) -
     return noted | {"output": output.detach(), "x": x.grad, "probs": probs.grad, "matrices": matrices.grad}
 
 
-def run_passages(cases: list[Passage], repeated: tuple[Passage, ...] = ()) -> dict:
+def run_passages(
+    cases: list[Passage], repeated: tuple[Passage, ...] = (), kinds: tuple[str, ...] = ("alltoall", "rbd")
+) -> dict:
     """Both dispatchers on this rank, by case; those to repeat also once more, recomputed in the backward pass."""
     import harness
 
     rank, results = dist.get_rank(), {}
     with harness.model_parallel(ep=dist.get_world_size()):
         for case in cases:
-            results[case] = {
-                kind: run_pass(case, dispatcher_of(case, kind, rank), rank) for kind in ("alltoall", "rbd")
-            }
+            results[case] = {kind: run_pass(case, dispatcher_of(case, kind, rank), rank) for kind in kinds}
             if case in repeated:
                 results[case]["recomputed"] = run_pass(case, dispatcher_of(case, "rbd", rank), rank, checkpointed=True)
     return results
 
 
 def run_interpreted(cases: list[Passage]) -> dict:
-    """`run_passages` in a process whose environment asks for Triton and its interpreter."""
+    """`run_passages` with redundancy bypassing, in a process whose environment asks for Triton and its interpreter."""
     from interpreter import mend_interpreter
 
     from megatron_xmoe.kernels.registry import triton_is_usable
 
     mend_interpreter()
     assert triton_is_usable("cpu", "bypass")
-    return run_passages(cases)
+    return run_passages(cases, kinds=("rbd",))

@@ -135,6 +135,7 @@ def random_segments(sizes: list[int], record: int, unit: torch.dtype) -> tuple[T
     return units, ends, begins.unsqueeze(1) + torch.arange(record), int(ends[-1])
 
 
+MANY = [[37 * i % 211 for i in range(256)], [5000, 0, 70_000]]
 SEGMENTS = [[5], [0, 3, 0, 0, 7, 1, 0], [0, 0], [300, 0, 2, 290], list(range(40))]
 
 

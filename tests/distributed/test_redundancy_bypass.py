@@ -175,10 +175,8 @@ def rows_of(passes) -> list:
 
 
 INTERPRETED = [
-    Passage(TWO, 12, 8, UNEVEN),
     Passage(THREE_ONE, 8, 3, (0, 0, 5, 0)),
     Passage(TWO, 8, 3, UNEVEN, capacity=0.6),
-    Passage(TWO, 8, 3, UNEVEN, hidden=33, dtype=torch.float32),
     Passage(TWO, 8, 3, UNEVEN, hidden=1, dtype=torch.bfloat16),  # units of two bytes
 ]
 
