@@ -124,11 +124,14 @@ class _BuildRoutes(torch.autograd.Function):
         )
         ctx.save_for_backward(inverse)
         ctx.mark_non_differentiable(token_ids, expert_ids, tokens_per_expert, inverse)
+        ctx.set_materialize_grads(False)  # it would fill zeros for four outputs that have no gradient
         return token_ids, expert_ids, tokens_per_expert, combine_weights, inverse
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, _tokens, _experts, _counts, grad, _inverse):
+        if grad is None:
+            return None, None, None, None, None
         (inverse,) = ctx.saved_tensors
         rows = kernel("gather_rows", grad.device.type)(grad.contiguous().unsqueeze(1), inverse.reshape(-1))
         return None, rows.view_as(inverse), None, None, None
