@@ -58,11 +58,12 @@ class XMoEConfig:
     xmoe_ep_placement: Literal["ep-first", "dp-first"] = "ep-first"
     """Which ranks are neighbours, and so share a node: those of an expert-parallel group ('ep-first', Megatron's order;
     for many small experts, whose exchange of tokens costs most), or those that hold replicas of the same experts
-    ('dp-first'; for few large experts, whose reduction of gradients costs most). Works with either backend."""
+    ('dp-first'; for few large experts, whose reduction of gradients costs most). Works with either backend of
+    pretrain_xmoe.py."""
 
     xmoe_qk_norm: Literal["per-head", "all-heads"] = "per-head"
     """What --qk-layernorm normalises: each head of the queries and keys by itself, as Megatron does, or all heads
-    together, as OLMoE does. Works with either backend."""
+    together, as OLMoE does. Works with either backend of pretrain_xmoe.py."""
 
     xmoe_sequence_shard: Literal["auto", "on", "off"] = "auto"
     """What tensor-parallel ranks do in the Mixture-of-Experts block without --sequence-parallel. 'on': each takes its

@@ -37,7 +37,7 @@ WARM_UP = 3
 def options(on_gpu: bool) -> argparse.Namespace:
     """Command line; the defaults are X-MoE Small's layers on a GPU."""
     parser = OneLineErrorParser(
-        prog="benchmark_metrics.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="tools/benchmark_metrics.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     model, run = parser.add_argument_group("model"), parser.add_argument_group("run")
     sizes = {  # name: (default with GPUs, without, help)

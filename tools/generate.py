@@ -82,12 +82,10 @@ def main(argv: list[str] | None = None) -> int:
     options, rest = parse(argv)
     results = os.fdopen(os.dup(1), "w")  # Megatron prints its progress to standard output
     os.dup2(2, 1)
-    if not options.verbose and os.environ.get("RANK", "0") == "0":
-        print(f"generate.py: loading {options.load}", file=sys.stderr, flush=True)
     from megatron_xmoe.training.errors import UsageError, one_line
 
     try:
-        with nullcontext() if options.verbose else messages_kept_back(UsageError):
+        with nullcontext() if options.verbose else messages_kept_back(_new_log(options.load), UsageError):
             lines = completions(options, rest)
     except UsageError as error:
         print(f"generate.py: error: {one_line(error)}", file=sys.stderr)
@@ -111,19 +109,30 @@ def completions(options: argparse.Namespace, rest: list[str]) -> list[str]:
     return job(0.0)
 
 
+def _new_log(load: str) -> str:
+    """An empty file of this rank's; the first rank says which."""
+    handle, log = tempfile.mkstemp(prefix="generate-", suffix=".log")
+    os.close(handle)
+    if os.environ.get("RANK", "0") == "0":
+        print(f"generate.py: loading {load}; messages go to {log}", file=sys.stderr, flush=True)
+    return log
+
+
 @contextmanager
-def messages_kept_back(told: type[Exception]) -> Iterator[None]:
-    """What this process writes meanwhile goes to a file, whose end is shown after any failure but an error `told`."""
+def messages_kept_back(log: str, told: type[Exception]) -> Iterator[None]:
+    """What this process writes meanwhile goes to the file `log`. It is removed after a success or an error `told`, and
+    its end is shown after any other; after a hard end (an abort, a signal) it stays."""
     sys.stdout.flush()
-    kept, failed = [os.dup(1), os.dup(2)], True
-    with tempfile.TemporaryFile() as log:
+    done = False
+    with open(log, "w+b") as file:
+        kept = os.dup(1), os.dup(2)
         for output in (1, 2):
-            os.dup2(log.fileno(), output)
+            os.dup2(file.fileno(), output)
         try:
             yield
-            failed = False
+            done = True
         except told:
-            failed = False
+            done = True
             raise
         finally:
             sys.stdout.flush()
@@ -131,9 +140,11 @@ def messages_kept_back(told: type[Exception]) -> Iterator[None]:
             for output, copy in zip((1, 2), kept, strict=True):
                 os.dup2(copy, output)
                 os.close(copy)
-            if failed:
-                log.seek(0)
-                os.write(2, b"".join(log.readlines()[-40:]))
+            if done:
+                os.unlink(log)
+            else:
+                file.seek(0)
+                os.write(2, b"".join(file.readlines()[-40:]) + f"All messages: {log}\n".encode())
 
 
 def words(options: argparse.Namespace, rest: list[str]) -> list[str]:

@@ -69,7 +69,8 @@ void dot_four(const T* const* rows, const T* x, int64_t H, Accumulator<T>* dots)
 }
 
 // sum[j] += weights[0] * rows[0][j] + ... one after the other. Meanwhile it asks for as many elements of `ahead` (at
-// most AHEAD places), into the second cache: the processor does not foresee where rows begin.
+// most AHEAD places), into the second cache: the processor does not foresee where rows begin. Where the last columns
+// of a row are fewer than `n`, it asks past them, which does nothing worse than to fetch in vain.
 template <int N, typename T>
 void add_rows(Accumulator<T>* __restrict__ sum, const T* const* rows, const Accumulator<T>* weights, int64_t start,
               int64_t n, const T* const* ahead, int64_t ahead_count) {

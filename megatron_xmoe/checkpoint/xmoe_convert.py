@@ -194,7 +194,7 @@ def _read_expert(reader: XMoEReader, which: tuple[int, int], name: str, dim: int
 def _check_zero(name: str, tensors: list[Tensor]) -> None:
     if any(bool(tensor.any()) for tensor in tensors):
         raise ConversionError(
-            f"{name} is a bias that is not zero; the entry script's model has no such bias, so its outputs would be "
+            f"{name} is a bias that is not zero; this conversion makes models without such biases, so outputs would be "
             "others. Fix: none; train without it (--disable-bias-linear)"
         )
 

@@ -59,6 +59,8 @@ def prepare(on_cpu: bool, stand_ins: int, repairs: int, run: Callable | None = N
     from megatron_xmoe.training.checks import check_data
     from megatron_xmoe.training.setup import settle, use_backend
 
+    if not on_cpu:
+        check_devices()
     adjustments = settle(*parse(), on_cpu)
     args = get_args()
     check_data(args, args.xmoe_vocab_size)
@@ -111,6 +113,23 @@ def alone_without_launcher() -> None:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+
+
+def check_devices() -> None:
+    """Every process needs a GPU of its own; Megatron takes the one of its LOCAL_RANK.
+
+    Raises:
+        UsageError: this machine has fewer GPUs than processes; on each of them, so that none waits for the others.
+    """
+    import torch
+
+    found, local_rank = torch.cuda.device_count(), int(os.environ.get("LOCAL_RANK", "0"))
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", local_rank + 1))
+    if processes > found:
+        raise UsageError(
+            f"{processes} processes on this machine, and torch finds {found} GPU(s). Fix: --nproc-per-node {found}, or "
+            "hide the GPUs with CUDA_VISIBLE_DEVICES= to run on the CPU"
+        )
 
 
 def _quieten() -> None:

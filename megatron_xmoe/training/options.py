@@ -42,8 +42,9 @@ def check_options(args: argparse.Namespace, defaults: dict[str, object], script:
         if script and name in UNAVAILABLE:
             _refuse(name, args, UNAVAILABLE[name], script)
     if args.moe_backend != "xmoe":
-        for name in sorted(OF_OUR_LAYER.intersection(changed)):
-            refusal = Refusal("it is an option of X-MoE's layer", "add --moe-backend xmoe, or leave it out")
+        of_ours = OF_OUR_LAYER if script else {name for name in changed if name.startswith("xmoe_")}
+        for name in sorted(of_ours.intersection(changed)):
+            refusal = Refusal("it is an option of X-MoE's", "add --moe-backend xmoe, or leave it out")
             _refuse(name, args, refusal, "--moe-backend megatron")
         return
     for name in changed:

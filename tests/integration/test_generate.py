@@ -77,12 +77,14 @@ def test_prompt_and_text(checkpoint, greedy):
     assert "arguments" not in job.errors and f"generate.py: loading {checkpoint}" in job.errors
 
 
-def test_messages(checkpoint, capfd):
+def test_messages(checkpoint, capfd, tmp_path):
     assert "end of arguments" in generate(checkpoint, "--max-new-tokens", "1", "--verbose").errors
     from tools.generate import messages_kept_back
 
+    log = tmp_path / "log"
+
     def write(text, error=None):
-        with messages_kept_back(ValueError):
+        with messages_kept_back(str(log), ValueError):
             os.system(f"echo {text}; echo {text} >&2")
             if error:
                 raise error
@@ -90,10 +92,10 @@ def test_messages(checkpoint, capfd):
     write("all is well")
     with pytest.raises(ValueError):
         write("told", ValueError("in one line"))
-    assert capfd.readouterr() == ("", "")
+    assert capfd.readouterr() == ("", "") and not log.exists()
     with pytest.raises(RuntimeError):
         write("this failed", RuntimeError("no memory"))
-    assert capfd.readouterr() == ("", "this failed\nthis failed\n")
+    assert capfd.readouterr() == ("", f"this failed\nthis failed\nAll messages: {log}\n")
 
 
 @pytest.mark.parametrize(

@@ -23,9 +23,9 @@ LAYOUTS = {
         "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
     ),
 }
-# losses are compared in every layout, updates of those that add no other exchange only with --slow
-MORE_OF_THE_SAME = ("EP3", "PP3", "interleaved PP2", "full recomputation")
-UPDATE_LAYOUTS = [pytest.param(name, marks=[pytest.mark.slow] * (name in MORE_OF_THE_SAME)) for name in LAYOUTS]
+# what adds no exchange that another layout lacks is compared with --slow only
+SLOW_LOSSES = ("EP3", "TP2 with sequence parallelism")
+SLOW_UPDATES = ("EP3", "PP3", "interleaved PP2", "full recomputation")
 LOSS_TOLERANCE = 1e-5  # relative, each of 20 iterations
 UPDATE_TOLERANCE = 1e-4  # relative RMS of a tensor's update after one plain SGD step
 SGD = "--optimizer sgd --sgd-momentum 0 --clip-grad 0 --weight-decay 0 --lr 1 --train-iters 1".split()
@@ -61,7 +61,12 @@ def stock_updates(weights, tmp_path_factory):
     return updates(weights, tmp_path_factory.mktemp("stock"))
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+def layouts(slow):
+    """All layouts, those named `slow` with that mark."""
+    return [pytest.param(name, marks=[pytest.mark.slow] * (name in slow)) for name in LAYOUTS]
+
+
+@pytest.mark.parametrize("layout", layouts(SLOW_LOSSES))
 def test_losses_equal_stock_megatron(layout, weights, stock):
     processes, options = LAYOUTS[layout]
     job = run_job(TOY, "--train-iters", "20", start_from(weights), XMOE.split(), options.split(), processes=processes)
@@ -76,7 +81,7 @@ def test_losses_with_the_distributed_optimizer(weights, stock):
     assert relative_difference(job, stock) < LOSS_TOLERANCE
 
 
-@pytest.mark.parametrize("layout", UPDATE_LAYOUTS)
+@pytest.mark.parametrize("layout", layouts(SLOW_UPDATES))
 def test_updates_equal_stock_megatron(layout, weights, stock_updates, tmp_path):
     """Adam hides gradients that are wrong by a constant factor; plain SGD does not."""
     processes, options = LAYOUTS[layout]

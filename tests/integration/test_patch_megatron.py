@@ -130,11 +130,17 @@ def test_the_patched_script_is_the_stock_script_otherwise(patched, expected):
     assert len(losses_of(stock.output)) == 3
 
 
-def test_the_patched_script_refuses_what_is_not_served(patched):
-    job = run_script(patched, *TRAIN, "--moe-backend", "xmoe", "--moe-pad-expert-input-to-capacity",
-                     "--moe-expert-capacity-factor", "1", fails=True)  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [
+        "--moe-pad-expert-input-to-capacity --moe-backend xmoe --moe-expert-capacity-factor 1",
+        "--xmoe-kernels reference",  # of X-MoE's, without it
+    ],
+)
+def test_the_patched_script_refuses_what_is_not_served(patched, options):
+    job = run_script(patched, *TRAIN, *options.split(), fails=True)
     line = next(line for line in job.errors.splitlines() if "error (rank 0)" in line)
-    assert job.returncode == 2 and "--moe-pad-expert-input-to-capacity" in line and "Traceback" not in job.errors
+    assert job.returncode == 2 and options.split()[0] in line and "Traceback" not in job.errors
 
 
 def test_the_spec_alone_needs_no_patch():

@@ -22,8 +22,8 @@ pytestmark = pytest.mark.skipif(not _FOUND.usable, reason=f"megatron_xmoe._C: {_
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 INDEX_DTYPES = [torch.int32, torch.int64]
 TOLERANCE = {torch.float16: torch.bfloat16}  # compared with the tolerance of another type
-# past blocks of 1024 columns, around vectors of 64 bytes, and what a streaming store needs
-WIDTHS = [0, 1, 7, 16, 33, 128, 1023, 1024, 1500]
+# past blocks of 2048 columns, around vectors of 64 bytes, and what a streaming store needs
+WIDTHS = [0, 1, 7, 16, 33, 128, 1023, 2048, 2049, 4500]
 
 
 @pytest.fixture(autouse=True)

@@ -152,8 +152,8 @@ def test_the_pages_command_line_is_the_recipe(monkeypatch, capsys):
 
 def test_the_pages_pattern_of_layers():
     """--expert-interval 2 gives experts to the second, the fourth and so on of 28 layers."""
-    (pattern,) = re.findall(r"`--moe-layer-freq (\S+)`", PAGE.read_text())
-    parsed = parser().parse_args(["--moe-layer-freq", pattern]).moe_layer_freq
+    (written,) = re.findall(r"`(--moe-layer-freq '.+?')`", PAGE.read_text())
+    parsed = parser().parse_args(shlex.split(written)).moe_layer_freq
     assert parsed == [int(number % 2 == 0) for number in range(1, 29)]
 
 

@@ -225,3 +225,14 @@ def test_what_is_not_there_is_noticed(text, fault):
 )
 def test_what_is_there_passes(text):
     assert not faults(text, ROOT / "README.md")
+
+
+def test_messages_in_the_troubleshooting_table_are_printed():
+    """What the first column quotes is in our sources or Megatron's, but for the parts that '...' stands for."""
+    rows = re.search(r"^## Troubleshooting$(.*?)^## ", (ROOT / "README.md").read_text(), re.M | re.S)[1].splitlines()
+    quoted = [span for row in rows if row.startswith("| ") for span in SPAN.findall(row.split(" | ")[0])]
+    folders = [ROOT / "megatron_xmoe", ROOT / "tools", wheel() / "core" / "optimizer"]
+    sources = "".join(path.read_text() for folder in folders for path in sorted(folder.rglob("*.*"))
+                      if path.suffix in (".py", ".sh")) + (ROOT / "setup.py").read_text()  # fmt: skip
+    parts = [part.strip() for span in quoted for part in span.split("...") if part.strip()]
+    assert len(parts) >= 6 and not [part for part in parts if part not in sources]

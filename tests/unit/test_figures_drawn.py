@@ -109,18 +109,6 @@ def test_every_token_is_in_one_share(tools):
     assert tokens == list(range(tools.figure_data.LENGTH))
 
 
-def test_names_on_the_page_exist():
-    """Files, and functions and classes named together with a file as `file.py: name`."""
-    text = PAGE.read_text()
-    named = set(re.findall(r"`((?:[\w/]+/)?\w+\.(?:py|cu|cpp|h|md))`", text))
-    files = {path for path in named if "/" in path}
-    assert files and not [path for path in files if not (ROOT / path).exists()]
-    sources = "\n".join(path.read_text() for folder in ("megatron_xmoe", "tools", "tests")
-                        for path in sorted((ROOT / folder).rglob("*.py")))  # fmt: skip
-    calls = set(re.findall(r"`(\w+)\(\)`", text))
-    assert calls and not [name for name in calls if not re.search(rf"(def|class) {name}\b", sources)]
-
-
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [

@@ -14,6 +14,7 @@ from megatron_xmoe.training import option_table
 from megatron_xmoe.training.arguments import add_xmoe_arguments, parse
 from megatron_xmoe.training.defaults import adjust
 from megatron_xmoe.training.errors import UsageError
+from megatron_xmoe.training.main import check_devices
 from megatron_xmoe.training.options import check_options
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -272,3 +273,16 @@ def test_whole_shared_experts_need_a_sharded_sequence(changes, fix):
     check(arguments(**served | {"tensor_model_parallel_size": 1}))
     with pytest.raises(UsageError, match=f"does not take --xmoe-shared-expert sequence: .* Fix: {fix}"):
         check(arguments(**served | changes))
+
+
+def test_every_process_needs_a_gpu(monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    for local_rank, processes in (("0", "2"), ("1", "2"), ("1", None)):
+        monkeypatch.setenv("LOCAL_RANK", local_rank)
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", processes) if processes else monkeypatch.delenv("LOCAL_WORLD_SIZE")
+        check_devices()
+    for local_rank, processes in (("0", "3"), ("2", None)):
+        monkeypatch.setenv("LOCAL_RANK", local_rank)
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", processes) if processes else monkeypatch.delenv("LOCAL_WORLD_SIZE")
+        with pytest.raises(UsageError, match="3 processes on this machine, and torch finds 2 .* --nproc-per-node 2"):
+            check_devices()
