@@ -43,10 +43,8 @@ def summary(run: Run) -> list[str]:
     ]
     if validation:
         before, end = min(validation), max(validation)
-        lines.append(
-            f"validation loss   {validation[before]:.3f} at iteration {before}, "
-            f"{validation[end]:.3f} at iteration {end}"
-        )
+        steps = dict.fromkeys((before, end))
+        lines.append("validation loss   " + ", ".join(f"{validation[i]:.3f} at iteration {i}" for i in steps))
     if run.resumed:
         lines.append(f"resumed           from the checkpoint of iteration {', '.join(map(str, run.resumed))}")
     if run.throughput:

@@ -110,8 +110,16 @@ def _read_session(path: Path, loss_tag: str) -> Session:
     load, length = last.get(LOAD_TAG), last.get(SEQUENCE_TAG)
     return Session(
         begun=events.FirstEventTimestamp() if scalars or last else 0.0,
-        series={tag: {event.step: event.value for event in curve} for tag, curve in scalars.items()},
+        series={tag: first_values(curve) for tag, curve in scalars.items()},
         seconds={event.step: event.wall_time for event in scalars.get(loss_tag, ())},
         load=load and (load.step, make_ndarray(load.tensor_proto).tolist()),
         sequence_length=length and int(make_ndarray(length.tensor_proto).item()),
     )
+
+
+def first_values(events) -> Series:
+    """Step -> value; of several the first: Megatron ends with the test set's loss, called a validation loss as well."""
+    found: Series = {}
+    for event in events:
+        found.setdefault(event.step, event.value)
+    return found

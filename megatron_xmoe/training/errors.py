@@ -2,6 +2,13 @@
 
 import traceback
 
+HINTS = {
+    "OptimizerParamScheduler": ". Fix: give the options of the run that was saved, --override-opt-param-scheduler to "
+    "use this run's instead, or --use-checkpoint-opt-param-scheduler to go on with the saved ones",
+    "Could not find parameter group": ". Fix: --no-load-optim, if the parallel sizes of the experts have changed",
+}
+"""What to do about errors of Megatron's that say nothing of it, by a part of their text."""
+
 
 class UsageError(ValueError):
     """A command line, a file or a checkpoint that cannot work: the message holds the value, the rule and the fix."""
@@ -23,7 +30,7 @@ def one_line(error: BaseException) -> str:
     """The message of an error on a single line; of an error without one, the place and the code that raised it."""
     text = " ".join(str(error).split())
     if text:
-        return text
+        return text + next((hint for part, hint in HINTS.items() if part in text), "")
     frames = traceback.extract_tb(error.__traceback__)
     if not frames:
         return type(error).__name__

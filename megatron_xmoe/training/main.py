@@ -21,6 +21,8 @@ def main(program_start: float) -> int:
         alone_without_launcher()
         on_cpu = cpu.needed()
         stand_ins = cpu.install() if on_cpu else []
+        if on_cpu:  # it fears for a GPU's random numbers, once a parameter
+            logging.getLogger("megatron.core.tensor_parallel.random").setLevel(logging.ERROR)
         repairs = wheel.install()
         job = prepare(on_cpu, len(stand_ins), len(repairs))
     except Exception as error:  # ranks share nothing yet: each fails for itself, and all for the same reason
@@ -56,7 +58,7 @@ def prepare(on_cpu: bool, stand_ins: int, repairs: int, run: Callable | None = N
     from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
 
     from megatron_xmoe.training.arguments import parse
-    from megatron_xmoe.training.checks import check_data
+    from megatron_xmoe.training.data_checks import check_data
     from megatron_xmoe.training.setup import settle, use_backend
 
     if not on_cpu:

@@ -107,6 +107,11 @@ def test_data_of_another_vocabulary(data):
     assert_told(run_on(data), 2, "60", "64", "Fix:")
 
 
+def test_a_part_without_documents(data):
+    """Megatron would look for samples in it for ever."""
+    assert_told(run_on(data, "--split", "90,9,1"), 2, "--split 90,9,1", "the test part", "40", "Fix:")
+
+
 def test_vocabulary_of_the_checkpoint(tmp_path):
     """Megatron would resize the embeddings silently."""
     run_job(TOY, XMOE, "--train-iters", "1", "--save", str(tmp_path), "--save-interval", "1")
@@ -114,6 +119,8 @@ def test_vocabulary_of_the_checkpoint(tmp_path):
     assert_told(run_job(TOY, XMOE, loading, "--vocab-size", "70", processes=2, fails=True), 2, "64", "70", "Fix:")
     other = run_job(TOY, XMOE, loading, "--num-experts", "6", processes=2, fails=True)
     assert_told(other, 2, "num_experts 12", "6", "Fix:")
+    longer = run_job(TOY, XMOE, "--load", str(tmp_path), "--train-iters", "9", processes=2, fails=True)
+    assert_told(longer, 2, "total number of iterations", "Fix:", "--override-opt-param-scheduler")
     shutil.rmtree(tmp_path / "iter_0000001")
     assert_told(run_job(TOY, XMOE, loading, processes=2, fails=True), 2, "no such checkpoint", "Fix:")
 

@@ -121,8 +121,7 @@ def test_blocks_in_order(clone, environment):
     for left in ("runs/quickstart/quickstart.html", "demo/run.html", "demo/qwen3-again/config.json"):
         assert (clone / left).stat().st_size > 0
     assert "tensors, 0 differ" in told and "parameters: 6919161856" in told
-    completion = next(line for line in told.splitlines() if line.startswith("Once upon a time"))
-    assert len(completion) > len("Once upon a time")
+    assert [line for line in told.splitlines() if line.startswith("def ")]  # the completion
 
 
 def test_needs_are_known():

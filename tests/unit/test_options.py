@@ -10,7 +10,7 @@ import pytest
 from megatron.training.arguments import add_megatron_arguments
 from option_cases import CASES, LAYOUTS, MODEL
 
-from megatron_xmoe.training import option_table
+from megatron_xmoe.training import checks, option_table
 from megatron_xmoe.training.arguments import add_xmoe_arguments, parse
 from megatron_xmoe.training.defaults import adjust
 from megatron_xmoe.training.errors import UsageError
@@ -286,3 +286,12 @@ def test_every_process_needs_a_gpu(monkeypatch):
         monkeypatch.setenv("LOCAL_WORLD_SIZE", processes) if processes else monkeypatch.delenv("LOCAL_WORLD_SIZE")
         with pytest.raises(UsageError, match="3 processes on this machine, and torch finds 2 .* --nproc-per-node 2"):
             check_devices()
+
+
+def test_a_checkpoint_without_biases():
+    names = ("num_layers", "hidden_size", "num_attention_heads", "num_experts", "moe_ffn_hidden_size")
+    shape = dict.fromkeys(names, 4)
+    saved = argparse.Namespace(**shape | {"add_bias_linear": False})
+    checks._compare(argparse.Namespace(**vars(saved)), saved, "--load DIR", None)
+    with pytest.raises(UsageError, match="add_bias_linear False, this run has True. .*--disable-bias-linear"):
+        checks._compare(argparse.Namespace(**shape | {"add_bias_linear": True}), saved, "--load DIR", None)

@@ -130,3 +130,8 @@ def test_a_missing_package_is_named(tools, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorboard.backend.event_processing.event_accumulator", None)
     with pytest.raises(tools.plot_run.UserError, match=r"is not installed: pip install matplotlib tensorboard"):
         tools.plot_run.main(["--tensorboard-dir", str(tmp_path), "--output", str(tmp_path / "run.png")])
+
+
+def test_the_test_sets_loss_is_not_the_validations(tools):
+    written = [Namespace(step=step, value=value) for step, value in ((50, 3.0), (100, 2.0), (100, 9.0))]
+    assert tools.run_events.first_values(written) == {50: 3.0, 100: 2.0}
