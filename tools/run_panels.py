@@ -53,7 +53,7 @@ def _finish(axes, unit: str, last: int, from_zero: bool = True) -> None:
     axes.set(xlabel="iteration", ylabel=unit)
     axes.set_xlim(0, last * 1.02)
     if from_zero:
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.05 * axes.get_ylim()[1])  # a flat line is not on the edge
     axes.grid(color="0.9")
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
@@ -111,7 +111,10 @@ def draw_imbalance(axes, run: Run) -> None:
     _curve(axes, run["xmoe/load-max"], "busiest expert, mean over layers", TRAINING)
     axes.axhline(1, color="0.35", linestyle=(0, (4, 3)), linewidth=1, label="perfect balance")
     if any(idle.values()):
-        _curve(axes, {i: share * 100 for i, share in idle.items()}, "idle experts (%)", "0.5")
+        right = axes.twinx()
+        _curve(right, {i: share * 100 for i, share in idle.items()}, "", "0.5")
+        right.set(ylabel="idle experts (%)", ylim=(0, 1.3 * 100 * max(idle.values())))
+        axes.plot([], [], color="0.5", label="idle experts (right axis)")
     _finish(axes, "routes / even share", max(run["xmoe/load-max"]))
 
 
@@ -119,7 +122,8 @@ def draw_bytes(axes, run: Run) -> None:
     """Bytes that a rank sends in a layer's forward pass, and what redundancy bypassing keeps off the network."""
     inter, redundancy = run["xmoe/inter-node-MiB"], run["xmoe/redundancy"]
     _curve(axes, run["xmoe/intra-node-MiB"], "inside the node", TRAINING)
-    _curve(axes, inter, "to other nodes", VALIDATION)
+    if any(inter.values()):
+        _curve(axes, inter, "to other nodes", VALIDATION)
     without = {i: inter[i] / (1 - share) for i, share in redundancy.items() if i in inter and 0 < share < 1}
     _curve(axes, without, "to other nodes, had every route its own row", VALIDATION, linestyle="dotted")
     _finish(axes, "MiB a rank and layer, forward", max(inter))
