@@ -243,6 +243,20 @@ _xmoe_kernels_wanted() {
     (cd -- "$_xmoe_root" && find csrc setup.py -type f -print0 | LC_ALL=C sort -z | xargs -0 cksum)
 }
 
+# Whether kernels that were built by hand serve what is here.
+_xmoe_kernels_are_here() {
+    (cd -- "$_xmoe_root" && "$PYTHON" - 2> /dev/null) << 'PYTHON'
+import sys
+
+import torch
+
+from megatron_xmoe import _optional
+
+devices = ["cpu"] + ["cuda"] * torch.cuda.is_available()
+sys.exit(not all(_optional.extension(device).usable for device in devices))
+PYTHON
+}
+
 # Builds the compiled kernels for $PYTHON unless that was tried before with the same sources, compilers and settings.
 _xmoe_kernels() {
     local folder=$_xmoe_root/build wanted stamp lock status=0 start=$SECONDS line
@@ -253,6 +267,11 @@ _xmoe_kernels() {
     fi
     flock "$lock" 2> /dev/null || true # a file system without locks
     stamp=$folder/xmoe-kernels
+    if [[ ! -f $stamp && ${XMOE_BUILD_EXT-} != 1 ]] && _xmoe_kernels_are_here; then
+        _xmoe_say "using the compiled kernels that are here"
+        exec {lock}>&-
+        return 0
+    fi
     wanted=$(_xmoe_kernels_wanted 2> /dev/null)
     if [[ ! -f $stamp || $(< "$stamp") != "$wanted" ]] ||
         { grep -q 'compiled kernels built' "$stamp.log" && ! compgen -G "$_xmoe_root/megatron_xmoe/_C*.so" > /dev/null; }; then
