@@ -166,7 +166,7 @@ def test_a_rank_that_fits_is_built_for_real():
     """Rank 3 of 16 with weights, gradients and optimizer; the estimate is not above what they took."""
     small = ("--num-layers", "2", "--num-experts", "8", "--vocab-size", "20000")
     result = dry_run("xmoe_small", *small, memory_limit=2, GPUS="16", RANK="3")
-    assert result.lines[0].startswith("rank 3 of 16: ") and "experts over 8 ranks, 2 times" in result.lines[0]
+    assert result.lines[0].startswith("rank 3 of 16: ") and "experts over 8 ranks, 2 replica(s)" in result.lines[0]
     taken = float(re.search(r"built with real tensors: ([0-9.]+) GiB", result.lines[0])[1])
     memory = dict(re.findall(r"(weights|gradients|optimizer states) ([0-9.]+)", "\n".join(result.lines)))
     weights, gradients = float(memory["weights"]), float(memory["gradients"])
