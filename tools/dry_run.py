@@ -254,7 +254,8 @@ def layout_of(args) -> str:
     return (
         f"tensor {args.tensor_model_parallel_size}, pipeline {args.pipeline_model_parallel_size}, "
         f"context {args.context_parallel_size}, data {groups.get_data_parallel_world_size()}; experts over "
-        f"{groups.get_expert_model_parallel_world_size()} ranks, {groups.get_expert_data_parallel_world_size()} replica(s)"
+        f"{groups.get_expert_model_parallel_world_size()} ranks, "
+        f"{groups.get_expert_data_parallel_world_size()} replica(s)"
     )
 
 
