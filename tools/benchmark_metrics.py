@@ -40,20 +40,20 @@ def options(on_gpu: bool) -> argparse.Namespace:
         prog="tools/benchmark_metrics.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     model, run = parser.add_argument_group("model"), parser.add_argument_group("run")
-    sizes = {  # name: (default with GPUs, without, help)
-        "layers": (4, 4, "MoE layers"),
-        "hidden-size": (2048, 256, "hidden size"),
-        "ffn-size": (1408, 128, "FFN size of an expert"),
-        "experts": (64, 16, "experts of all ranks"),
-        "topk": (6, 4, "experts of a token"),
-        "tokens": (8192, 1024, "tokens of a rank"),
-        "rounds": (30, 30, "iterations of each setting"),
-        "log-interval": (1, 1, "iterations between two reports; 1 is the dearest"),
+    sizes = {  # option: (default with GPUs, without, help)
+        "--layers": (4, 4, "MoE layers"),
+        "--hidden-size": (2048, 256, "hidden size"),
+        "--ffn-size": (1408, 128, "FFN size of an expert"),
+        "--experts": (64, 16, "experts of all ranks"),
+        "--topk": (6, 4, "experts of a token"),
+        "--tokens": (8192, 1024, "tokens of a rank"),
+        "--rounds": (30, 30, "iterations of each setting"),
+        "--log-interval": (1, 1, "iterations between two reports; 1 is the dearest"),
     }
     for name, (with_gpu, without, text) in sizes.items():
         default = with_gpu if on_gpu else without
-        group = run if name in ("rounds", "log-interval") else model
-        group.add_argument(f"--{name}", type=positive_number(int), default=default, metavar="N",
+        group = run if name in ("--rounds", "--log-interval") else model
+        group.add_argument(name, type=positive_number(int), default=default, metavar="N",
                            help=f"{text} (default: {default})")  # fmt: skip
     args = parser.parse_args()
     if args.rounds < 2:
