@@ -24,7 +24,7 @@ LAYOUTS = {
     ),
 }
 # what adds no exchange that another layout lacks is compared with --slow only
-SLOW_LOSSES = ("EP3", "TP2 with sequence parallelism")
+SLOW_LOSSES = ("EP3", "EP4", "TP2 with sequence parallelism", "TP2 with sequence parallelism x EP4")
 SLOW_UPDATES = ("EP3", "PP3", "interleaved PP2", "full recomputation")
 LOSS_TOLERANCE = 1e-5  # relative, each of 20 iterations
 UPDATE_TOLERANCE = 1e-4  # relative RMS of a tensor's update after one plain SGD step
