@@ -23,7 +23,7 @@ LAYOUTS = {
         "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
     ),
 }
-# with --slow only: losses of layouts whose updates are compared in every run, updates that need no exchange of their own
+# with --slow only: what another layout, or the other comparison of the same layout, shows in every run
 SLOW_LOSSES = ("EP3", "EP4", "TP2 with sequence parallelism", "TP2 with sequence parallelism x EP4")
 SLOW_UPDATES = ("EP3", "PP3", "interleaved PP2", "full recomputation")
 LOSS_TOLERANCE = 1e-5  # relative, each of 20 iterations
