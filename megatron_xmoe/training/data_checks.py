@@ -34,7 +34,7 @@ def check_data(args: argparse.Namespace, vocab_size: int | None) -> None:
         blend, blend_per_split = get_blend_and_blend_per_split(args)
     except OSError as error:
         raise UsageError(f"the list of data sets cannot be read: {one_line(error)}. Fix: check the path") from error
-    parts = _parts(args.split) if blend else {}
+    parts = _parts(args.split, *blend) if blend else {}
     blends = [blend] if blend else list(blend_per_split or [])
     prefixes = [prefix for one in blends if one for prefix in one[0]]
     if not prefixes:
@@ -45,14 +45,21 @@ def check_data(args: argparse.Namespace, vocab_size: int | None) -> None:
             _check_parts(prefix, sequences, parts, args.split)
 
 
-def _parts(split: str) -> dict[str, tuple[float, float]]:
-    """Where the parts of --split begin and end, as shares; without those of share 0, which Megatron leaves out."""
+def _parts(split: str | None, prefixes: list[str], weights: list[float] | None) -> dict[str, tuple[float, float]]:
+    """Where the parts of --split begin and end, as shares, that Megatron goes through until it has enough samples.
+
+    It leaves parts of share 0 out, and goes through several data sets without weights once.
+    """
+    if split is None:
+        raise UsageError("--split is missing, which --data-args-path needs. Fix: for example --split 969,30,1")
+    if weights is None and len(prefixes) > 1:
+        return {}
     matrix = convert_split_vector_to_split_matrix(parse_and_normalize_split(split))
-    return {split.name: ends for split, ends in zip(Split, matrix, strict=True) if ends is not None}
+    return {part.name: ends for part, ends in zip(Split, matrix, strict=True) if ends is not None}
 
 
 def _check_parts(prefix: str, sequences: int, parts: dict[str, tuple[float, float]], split: str) -> None:
-    """Megatron goes through a part of a data set until it has enough samples: through an empty one, for ever."""
+    """Megatron would go through an empty part for ever."""
     for name, (begin, end) in parts.items():
         if round(begin * sequences) == round(end * sequences):
             raise UsageError(

@@ -10,7 +10,7 @@ import pytest
 from megatron.training.arguments import add_megatron_arguments
 from option_cases import CASES, LAYOUTS, MODEL
 
-from megatron_xmoe.training import checks, option_table
+from megatron_xmoe.training import checks, data_checks, option_table
 from megatron_xmoe.training.arguments import add_xmoe_arguments, parse
 from megatron_xmoe.training.defaults import adjust
 from megatron_xmoe.training.errors import UsageError
@@ -295,3 +295,15 @@ def test_a_checkpoint_without_biases():
     checks._compare(argparse.Namespace(**vars(saved)), saved, "--load DIR", None)
     with pytest.raises(UsageError, match="add_bias_linear False, this run has True. .*--disable-bias-linear"):
         checks._compare(argparse.Namespace(**shape | {"add_bias_linear": True}), saved, "--load DIR", None)
+
+
+def test_parts_of_the_data_that_are_gone_through_until_there_are_enough_samples():
+    ends = {"train": (0, 0.9), "valid": (0.9, 1.0)}
+    assert data_checks._parts("90,10,0", ["a"], None) == ends
+    assert data_checks._parts("90,10,0", ["a", "b"], [1.0, 1.0]) == ends
+    assert data_checks._parts("90,10,0", ["a", "b", "c"], None) == {}
+    with pytest.raises(UsageError, match="--split is missing"):
+        data_checks._parts(None, ["a"], None)
+    data_checks._check_parts("a", 10, ends, "90,10,0")
+    with pytest.raises(UsageError, match="no document for the valid part of a, which has 4"):
+        data_checks._check_parts("a", 4, ends, "90,10,0")
