@@ -6,6 +6,7 @@ per layer, which cost the host more time than the GPU needs to work on them.
 
 import copy
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from megatron.core.tensor_parallel import reduce_from_tensor_model_parallel_region
@@ -75,8 +76,6 @@ class FusedRouter(TopKRouter):
 
     def _losses(self, length: int, sequences: int, padding: Tensor | None) -> list[_Loss]:
         """Those that the options ask for, in Megatron's order."""
-        tokens = length * sequences
-        valid = tokens if padding is None else (~padding).sum()
         found = []
         for kind, name, group in (
             ("aux_loss", "load_balancing_loss", self.tp_cp_group),
@@ -87,37 +86,40 @@ class FusedRouter(TopKRouter):
             if coefficient == 0:
                 continue
             per_sequence = kind == "seq_aux_loss"
-            parts = sequences if per_sequence else 1  # what is averaged
-            everywhere = None
-            if group.size() > 1 or padding is not None or kind == "global_aux_loss":
-                everywhere = self._everywhere(kind, group, tokens // parts, padding is not None)
-            weight = coefficient * self.rule.experts / (self.rule.topk * parts)
+            parts = sequences if per_sequence else 1  # the loss is their mean
             logged = {
                 "aux_loss_coeff": coefficient,
                 "aux_loss_name": name,
                 "reduce_group": group,
                 "needs_dp_avg": kind != "global_aux_loss",
-                "valid_token_count": valid,
+                "valid_token_count": length * sequences,
             }
-            found.append(_Loss(Balance(weight, tokens // parts, per_sequence, everywhere), logged))
+            tokens = length * sequences // parts
+            everywhere = None
+            if group.size() > 1 or padding is not None or kind == "global_aux_loss":
+                everywhere = partial(self._everywhere, kind, group, tokens, logged if padding is not None else None)
+            weight = coefficient * self.rule.experts / (self.rule.topk * parts)
+            found.append(_Loss(Balance(weight, tokens, per_sequence, everywhere), logged))
         return found
 
-    def _everywhere(self, kind: str, group: torch.distributed.ProcessGroup, tokens: int, padded: bool):
-        """A function from this rank's routes [B or 1, E] to those that a loss takes, and to the tokens that they are of.
+    def _everywhere(
+        self, kind: str, group: torch.distributed.ProcessGroup, tokens: int, padded: dict | None, routes: Tensor
+    ) -> tuple[Tensor, int | Tensor]:
+        """The routes [B or 1, E] that a loss takes, and the number of tokens that they are of, from this rank's.
 
-        Args: tokens of this rank, of one sequence where each is balanced by itself.
+        Args: kind of the loss; group that it is of; tokens of this rank, of one sequence where each is balanced by
+            itself; with padding, where the number of valid tokens goes.
         """
-
-        def everywhere(routes: Tensor) -> tuple[Tensor, int | Tensor]:
-            routes = reduce_from_tensor_model_parallel_region(routes, group)
-            total = routes.sum() / (self.rule.topk * len(routes)) if padded else tokens * group.size()
-            if kind == "global_aux_loss":
-                self.global_tokens_per_expert += routes[0]
-                self.ga_steps += 1
-                routes = (self.global_tokens_per_expert / self.ga_steps).unsqueeze(0)
-            return routes, total
-
-        return everywhere
+        routes = reduce_from_tensor_model_parallel_region(routes, group)
+        total = tokens * group.size()
+        if padded is not None:
+            total = routes.sum() / (self.rule.topk * len(routes))
+            padded["valid_token_count"] = total * len(routes)  # the group's, as in Megatron, which sums in place
+        if kind == "global_aux_loss":
+            self.global_tokens_per_expert += routes[0]
+            self.ga_steps += 1
+            routes = (self.global_tokens_per_expert / self.ga_steps).unsqueeze(0)
+        return routes, total
 
 
 def why_not_fused(options, experts: int, xmoe: XMoEConfig) -> str:
