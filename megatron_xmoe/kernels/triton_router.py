@@ -258,18 +258,16 @@ def route_kernel(
         if raw.dtype != tl.float64:
             raw = raw.to(tl.float32)
         x = raw.to(tl.float32)
-        if SCORE == 0:
-            if PRE or sums is not None:
-                scores = softmax(x, there)
-        else:
+        if SCORE != 0:
             scores, _ = score(x, there, SCORE)
-        # scores grow with logits, so that the best logits are the best scores
-        rank = raw
+        elif PRE or sums is not None:
+            scores = softmax(x, there)
+        rank = raw  # scores grow with logits, so that the best logits are the best scores
         if bias is not None:
             rank = scores + tl.load(bias + expert, mask=has_expert, other=0).to(tl.float32)[None, :]
         allowed = there
         if GROUPS > 1:
-            of_group = rank
+            of_group = rank  # Megatron adds up logits, where softmax follows the choice
             if bias is None and (PRE or SCORE != 0):
                 of_group = scores
             allowed = in_best_groups(of_group, there, GROUPS, GROUP_TOPK, GROUP_BEST, WIDTH)
@@ -343,10 +341,9 @@ def route_backward_kernel(
                     gradient += through_softmax(softmax(x, there), balancing)
         else:
             scores, slope = score(x, there, SCORE)
+            gradient = given
             if K > 1:
                 gradient = tl.where(picked, through_sum(tl.where(picked, scores, 0.0), given), 0.0)
-            else:
-                gradient = given
             if grad_first is not None:
                 gradient += through_sum(scores, balancing)
             gradient *= slope
@@ -374,10 +371,9 @@ def balance_kernel(
     """One program: adds up tables [rows, B, E], writes numbers of routes if wanted, and the loss and its slope."""
     expert = tl.arange(0, SLOTS)
     if loss is not None:
+        tokens = total.to(tl.float32)
         if total_on_device is not None:
             tokens = tl.load(total_on_device).to(tl.float32)
-        else:
-            tokens = total.to(tl.float32)
         factor = WEIGHT / (tokens * tokens)
         result = tl.zeros([SLOTS], tl.float32)
     for sequence in range(B):
