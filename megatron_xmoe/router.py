@@ -61,15 +61,20 @@ class FusedRouter(TopKRouter):
             losses = self._losses(length, sequences, padding)
         if not any(loss.balance.per_sequence for loss in losses):
             sequences = 1
+        counts = None
+        if self.enable_expert_bias and torch.is_grad_enabled():
+            counts = torch.zeros(experts, dtype=torch.int32, device=logits.device)
         probs, routing_map, *values = route(
             logits,
             self.rule,
             bias=self.expert_bias if self.score_function != "softmax" else None,
             padding=padding,
-            added=self.local_tokens_per_expert if torch.is_grad_enabled() else None,
+            added=counts,
             sequences=sequences,
             balances=[loss.balance for loss in losses],
         )
+        if counts is not None:
+            self.local_tokens_per_expert += counts
         for loss, value in zip(losses, values, strict=True):
             probs = self.attach_and_log_load_balancing_loss(probs, aux_loss=value, **loss.logged)
         return probs, routing_map

@@ -29,6 +29,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works without an installation, too
 
 from megatron_xmoe.kernels import triton_activation as activation  # noqa: E402
+from megatron_xmoe.kernels import triton_balance as balance  # noqa: E402
 from megatron_xmoe.kernels import triton_bypass as bypass  # noqa: E402
 from megatron_xmoe.kernels import triton_grouped_gemm as gemm  # noqa: E402
 from megatron_xmoe.kernels import triton_router as router  # noqa: E402
@@ -198,14 +199,14 @@ def router_calls() -> None:
         (torch.float16, 3, 1, RoutingRule(1, 4096, "sigmoid"), False, True, 0),
     ):
         logits, scalar = empty(tokens, rule.experts, dtype=dtype), empty(1, dtype=torch.float32)
-        bias = added = empty(rule.experts, dtype=torch.float32) if biased else None
+        bias, added = (empty(rule.experts, dtype=kind) if biased else None for kind in (torch.float32, torch.int32))
         padding = empty(tokens, dtype=torch.uint8) if padded else None
         given = rule.constants, sequences
         probs, chosen, sums, counts = router.route(logits, bias, padding, added, *given, losses > 0)
         slopes = empty(3, sequences, rule.experts, dtype=torch.float32) if losses else None
         for total in (tokens, scalar) if losses else ():
-            router.balance(sums, router.count(counts).unsqueeze(0), total, 0.5, slopes)
-            router.balance(sums, counts, total, 0.5, slopes)
+            balance.balance(sums, balance.count(counts).unsqueeze(0), total, 0.5, slopes)
+            balance.balance(sums, counts, total, 0.5, slopes)
         router.route_backward(logits, chosen, padding, probs, slopes, (scalar,) * losses, *given)
 
 

@@ -1,10 +1,10 @@
-"""Routing in Triton: choice of experts, their weights, and the load-balancing losses, with all gradients.
+"""Routing in Triton: the choice of experts, their weights, tables for load-balancing losses, and all gradients.
 
 Letters: T tokens, B sequences, K experts per token, E experts, P programs of a sequence. Token t belongs to sequence
 t % B. Everything is computed in fp32, as Megatron does, and only results are rounded to the logits' type.
 
 A program keeps whole rows of logits, in which each group of experts begins at a multiple of a power of two; an expert's
-place in a row is its slot. Among equal experts the lowest is chosen.
+place in a row is its slot. triton_scores.py has what is computed of rows, triton_balance.py makes losses of the tables.
 """
 
 from functools import cache
@@ -16,11 +16,11 @@ import triton.language as tl
 from torch import Tensor
 
 from megatron_xmoe.kernels.triton_common import ceil_div, on, power_of_two
+from megatron_xmoe.kernels.triton_scores import best, in_best_groups, score, softmax, through_softmax, through_sum
 
 SCORES = {"softmax": 0, "sigmoid": 1, "sqrtsoftplus": 2}
 MAX_SLOTS = 4096  # a row of logits is held in registers
 TILE = 2048  # elements of a program's rows
-TABLE_TILE = 8192  # elements of the tables that are added up at a time
 MAX_PROGRAMS = 256  # about two for each multiprocessor of a large GPU
 
 
@@ -44,7 +44,7 @@ def route(
         logits: [T, E], contiguous.
         bias: [E], added to the scores for the choice only, or None; not for softmax.
         padding: [T] bool, tokens that are counted nowhere, or None.
-        added: [E] fp32, to which each expert's routes are added, or None.
+        added: [E] int32, to which each expert's routes are added, or None.
         constants: of the kernels, see `ops.router.RoutingRule`.
         sequences: B.
         tally: whether a load-balancing loss follows.
@@ -100,41 +100,6 @@ def route_backward(
     return grad_logits
 
 
-def count(counts: Tensor) -> Tensor:
-    """Numbers of routes [B, E] int64 from the programs' [P, B, E]."""
-    rows, sequences, experts = counts.shape
-    result = torch.empty(sequences, experts, dtype=torch.int64, device=counts.device)
-    with on(counts):
-        balance_kernel[(1,)](
-            None, counts, None, None, None, result, 0, rows, 0,
-            WEIGHT=0.0, B=sequences, E=experts, **balance_tile(experts),
-        )  # fmt: skip
-    return result
-
-
-def balance(sums: Tensor, counts: Tensor, total: int | Tensor, weight: float, slope: Tensor) -> Tensor:
-    """A load-balancing loss: weight / total**2 * sum over sequences and experts of routes * scores.
-
-    Args:
-        sums: scores [P, B, E] fp32, of which those of a sequence and expert are added up.
-        counts: routes [P, B, E], or [1, B, E] if they were added up already; any type.
-        total: tokens that the counts are of, of a sequence.
-        slope: [B, E] fp32, to which the gradient of the sums is written.
-
-    Returns:
-        the loss, fp32 without dimensions.
-    """
-    rows, sequences, experts = sums.shape
-    loss = torch.empty((), dtype=torch.float32, device=sums.device)
-    on_device = isinstance(total, Tensor)
-    with on(sums):
-        balance_kernel[(1,)](
-            sums, counts, total if on_device else None, loss, slope, None, rows, counts.shape[0],
-            0 if on_device else total, WEIGHT=weight, B=sequences, E=experts, **balance_tile(experts),
-        )  # fmt: skip
-    return loss
-
-
 @cache
 def route_tile(length: int, sequences: int, experts: int, groups: int) -> tuple[int, dict[str, int]]:
     """Programs of a sequence, at least one, and launch parameters of route_kernel and route_backward_kernel.
@@ -144,85 +109,9 @@ def route_tile(length: int, sequences: int, experts: int, groups: int) -> tuple[
     columns = slots(experts, groups)
     tokens = min(power_of_two(length), max(1, TILE // columns))
     parts = power_of_two(ceil_div(length, tokens * max(1, MAX_PROGRAMS // sequences)))
-    tile = {"WIDTH": columns // power_of_two(groups), "TOKENS": tokens, "PARTS": parts, "num_warps": 4}
-    return max(1, ceil_div(length, tokens * parts)), tile | {"SLOTS": columns}
-
-
-@cache
-def balance_tile(experts: int) -> dict[str, int]:
-    """Launch parameters of balance_kernel."""
-    columns = power_of_two(experts)
-    return {"SLOTS": columns, "ROWS": max(1, TABLE_TILE // columns), "num_warps": 8}
-
-
-@triton.jit
-def ordered(x, there):
-    """Signed integers in the order of x, NaN above all; where there is nothing, the lowest, which nothing else has."""
-    if x.dtype == tl.float64:
-        integer: tl.constexpr = tl.int64
-        highest: tl.constexpr = 2**63 - 1
-    else:
-        integer: tl.constexpr = tl.int32
-        highest: tl.constexpr = 2**31 - 1
-    bits = tl.where(x == 0, 0.0, x).to(integer, bitcast=True)  # -0.0 and 0.0 are equal
-    key = tl.where(x != x, highest, tl.where(bits < 0, bits ^ highest, bits))
-    lowest = tl.full([], -highest - 1, integer)
-    return tl.where(there, key, lowest), lowest
-
-
-@triton.jit
-def best(x, there, K: tl.constexpr):
-    """Marks the K largest of each row [rows, columns] that are there, among equals the first."""
-    key, lowest = ordered(x, there)
-    column = tl.arange(0, x.shape[1])[None, :]
-    for _ in range(K):
-        _, at = tl.max(key, axis=1, return_indices=True)
-        key = tl.where(column == at[:, None], lowest, key)
-    return there & (key == lowest)
-
-
-@triton.jit
-def in_best_groups(
-    x, there, GROUPS: tl.constexpr, GROUP_TOPK: tl.constexpr, GROUP_BEST: tl.constexpr, WIDTH: tl.constexpr
-):  # fmt: skip
-    """Marks the slots of the GROUP_TOPK groups with the largest sum of their GROUP_BEST best x."""
-    grouped: tl.constexpr = [x.shape[0], x.shape[1] // WIDTH, WIDTH]
-    key, lowest = ordered(x, there)
-    key, value = tl.reshape(key, grouped), tl.reshape(x, grouped)
-    column = tl.arange(0, WIDTH)[None, None, :]
-    total = tl.zeros([grouped[0], grouped[1]], x.dtype)
-    for _ in range(GROUP_BEST):
-        _, at = tl.max(key, axis=2, return_indices=True)
-        hit = column == at[:, :, None]
-        total += tl.sum(tl.where(hit, value, 0), axis=2)
-        key = tl.where(hit, lowest, key)
-    exists = tl.broadcast_to((tl.arange(0, grouped[1]) < GROUPS)[None, :], [grouped[0], grouped[1]])
-    allowed = best(total, exists, GROUP_TOPK)
-    return there & tl.reshape(tl.broadcast_to(allowed[:, :, None], grouped), x.shape)
-
-
-@triton.jit
-def softmax(x, there):
-    """Of the marked elements of each row; 0 elsewhere."""
-    top = tl.max(tl.where(there, x, float("-inf")), axis=1)
-    power = tl.where(there, tl.exp(x - top[:, None]), 0.0)
-    return power / tl.sum(power, axis=1)[:, None]
-
-
-@triton.jit
-def score(x, there, SCORE: tl.constexpr):
-    """An expert's score by itself, 0 where there is none, and its derivative: sigmoid, or root of softplus."""
-    sigmoid = 1 / (1 + tl.exp(-x))
-    if SCORE == 1:
-        value = sigmoid
-        slope = sigmoid * (1 - sigmoid)
-    else:
-        power = tl.exp(tl.minimum(x, 20.0))
-        above = 1 + power  # log(1 + power) without the rounding of 1 + power
-        log = tl.where(above == 1, power, tl.log(above) * (power / tl.where(above == 1, 1.0, above - 1)))
-        value = tl.sqrt(tl.where(x > 20, x, log))
-        slope = tl.where(value > 0, tl.where(x > 20, 1.0, sigmoid) / (2 * value), 0.0)
-    return tl.where(there, value, 0.0), slope
+    width = columns // power_of_two(groups)
+    tile = {"WIDTH": width, "TOKENS": tokens, "PARTS": parts, "SLOTS": columns, "num_warps": 4}
+    return max(1, ceil_div(length, tokens * parts)), tile
 
 
 @triton.jit
@@ -295,7 +184,7 @@ def route_kernel(
     _, _, expert, has_expert = places(sequence, 0, length, B, E, GROUPS, WIDTH, TOKENS, SLOTS)
     if added is not None:  # whole numbers, whose sum does not depend on the order
         total = tl.sum(routes_added, axis=0)
-        tl.atomic_add(added + expert, total.to(tl.float32), mask=has_expert & (total > 0), sem="relaxed")
+        tl.atomic_add(added + expert, total, mask=has_expert & (total > 0), sem="relaxed")
     if sums is not None:
         at = (tl.program_id(0) * B + sequence) * E + expert
         tl.store(sums + at, tl.sum(scores_of_expert, axis=0), mask=has_expert)
@@ -348,56 +237,3 @@ def route_backward_kernel(
                 gradient += through_sum(scores, balancing)
             gradient *= slope
         tl.store(grad_logits + at, gradient.to(grad_logits.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def through_softmax(result, grad):
-    """The gradient of a softmax's input from that of its result."""
-    return result * (grad - tl.sum(result * grad, axis=1)[:, None])
-
-
-@triton.jit
-def through_sum(scores, grad):
-    """The gradient of scores from that of scores / their sum."""
-    total = (tl.sum(scores, axis=1) + 1e-20)[:, None]
-    return (grad - tl.sum(grad * (scores / total), axis=1)[:, None]) / total
-
-
-@triton.jit(do_not_specialize=["sum_rows", "count_rows", "total"])
-def balance_kernel(
-    sums, counts, total_on_device, loss, slope, counted, sum_rows, count_rows, total,
-    WEIGHT: tl.constexpr, B: tl.constexpr, E: tl.constexpr, SLOTS: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
-    """One program: adds up tables [rows, B, E], writes numbers of routes if wanted, and the loss and its slope."""
-    expert = tl.arange(0, SLOTS)
-    if loss is not None:
-        tokens = total.to(tl.float32)
-        if total_on_device is not None:
-            tokens = tl.load(total_on_device).to(tl.float32)
-        factor = WEIGHT / (tokens * tokens)
-        result = tl.zeros([SLOTS], tl.float32)
-    for sequence in range(B):
-        routes = column_sums(counts, sequence, count_rows, B, E, SLOTS, ROWS)
-        if counted is not None:
-            tl.store(counted + sequence * E + expert, routes.to(counted.dtype.element_ty), mask=expert < E)
-        if loss is not None:
-            gradient = routes.to(tl.float32) * factor
-            tl.store(slope + sequence * E + expert, gradient, mask=expert < E)
-            result += gradient * column_sums(sums, sequence, sum_rows, B, E, SLOTS, ROWS)
-    if loss is not None:
-        tl.store(loss, tl.sum(tl.where(expert < E, result, 0.0), axis=0))
-
-
-@triton.jit
-def column_sums(table, sequence, rows, B: tl.constexpr, E: tl.constexpr, SLOTS: tl.constexpr, ROWS: tl.constexpr):
-    """Sum over the rows of table[:, sequence, :], in a fixed order."""
-    column = tl.arange(0, SLOTS)
-    total = tl.zeros([SLOTS], table.dtype.element_ty)
-    start = tl.full([], 0, tl.int32)
-    while start < rows:
-        row = start + tl.arange(0, ROWS)
-        mask = (row < rows)[:, None] & (column < E)[None, :]
-        part = tl.load(table + (row[:, None] * B + sequence) * E + column[None, :], mask=mask, other=0)
-        total += tl.sum(part, axis=0).to(table.dtype.element_ty)
-        start += ROWS
-    return total

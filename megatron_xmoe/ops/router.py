@@ -42,7 +42,6 @@ class RoutingRule:
             "GROUP_BEST": self.topk // self.group_topk,
         }
 
-
     def obstacle(self, device_type: str, pinned: str = "auto") -> str:
         """Why it has no kernel here, or ''. Args: pinned, a backend that is about to be pinned (--xmoe-kernels)."""
         reason = why_not_triton(device_type, pinned=pinned)
@@ -89,7 +88,7 @@ def route(
         logits: [T, E], the T / B positions of the sequences one after the other.
         bias: [E], added to the scores for the choice only; not for softmax.
         padding: [T] bool, True for tokens that losses and counts leave out.
-        added: [E] fp32, to which each expert's routes are added in place.
+        added: [E] int32, to which each expert's routes are added in place.
         sequences: B, where some loss is per sequence.
         balances: at most three.
 
@@ -134,16 +133,15 @@ class _Route(torch.autograd.Function):
 
 def _loss(sums: Tensor, counts: Tensor, balance: Balance, slope: Tensor) -> Tensor:
     """One loss from the programs' tables [P, B, E]; writes its slope [B, E]."""
-    from megatron_xmoe.kernels import triton_router
+    from megatron_xmoe.kernels import triton_balance
 
-    target = slope
-    if not balance.per_sequence:  # all sequences are one
+    target, total = slope, balance.total
+    if not balance.per_sequence and len(slope) > 1:  # all sequences are one
         sums, counts, target = sums.flatten(0, 1).unsqueeze(1), counts.flatten(0, 1).unsqueeze(1), slope[:1]
-    total = balance.total
     if balance.elsewhere is not None:
-        routes, total = balance.elsewhere(triton_router.count(counts))
+        routes, total = balance.elsewhere(triton_balance.count(counts))
         counts = routes.unsqueeze(0)
-    loss = triton_router.balance(sums, counts, total, balance.weight, target)
-    if len(target) < len(slope):
+    loss = triton_balance.balance(sums, counts, total, balance.weight, target)
+    if target is not slope:
         slope[1:] = target
     return loss

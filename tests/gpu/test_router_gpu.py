@@ -65,7 +65,8 @@ def test_repeats_bit_for_bit():
     logits = torch.randn(9000, 128, device="cuda")
     results = []
     for _ in range(3):
-        x, added = logits.clone().requires_grad_(), torch.zeros(128, device="cuda")
+        x = logits.clone().requires_grad_()
+        added = torch.zeros(128, dtype=torch.int32, device="cuda")
         probs, routing_map, loss = route(x, RoutingRule(8, 128, "sigmoid"), added=added, balances=[Balance(1.0, 9000)])
         (probs.square().sum() + loss).backward()
         results.append((probs.detach(), routing_map, loss.detach(), added, x.grad))
