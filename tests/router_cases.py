@@ -36,6 +36,8 @@ class Case:
     dtype: torch.dtype = torch.float32
     biased: bool = False
     padded: bool = False
+    stretch: float = 1
+    """Factor of the logits."""
 
     def __str__(self) -> str:
         return self.name
@@ -64,6 +66,8 @@ CASES = [
     Case("groups, fp64", 4, 15, groups=3, group_topk=2, dtype=torch.float64, sequences=2),
     Case("groups before the choice", 4, 24, pre_softmax=True, groups=6, group_topk=2),
     Case("more experts than a tile has columns", 2, 3000, length=3),
+    Case("large logits", 3, 8, stretch=64),
+    Case("large logits before the choice", 3, 8, pre_softmax=True, stretch=64, dtype=torch.float64),
     Case("three sequences", 3, 300, length=50, sequences=3, padded=True),
 ]
 LONG = Case("many tokens", 8, 128, length=9000, sequences=3, padded=True, dtype=torch.bfloat16)
@@ -79,7 +83,7 @@ def logits_of(case: Case) -> Tensor:
     logits = (order - case.experts / 2) * (8 / steps if case.experts <= 128 else 16 / steps)
     if case.dtype in (torch.float32, torch.float64):
         logits = logits.to(case.dtype) + torch.rand(tokens, case.experts, dtype=case.dtype) * (2 / steps)
-    logits = logits.to(case.dtype)
+    logits = logits.to(case.dtype) * case.stretch
     assert all(len(row.unique()) == case.experts for row in logits[:100])
     return logits
 
@@ -133,7 +137,7 @@ def compare(case: Case, device: str) -> None:
     added = torch.full((case.experts,), 7, dtype=torch.int32, device=device)
     results = []
     for function in (stock, partial(fused, added=added)):
-        x = logits.to(device).requires_grad_()
+        x = logits.to(device, copy=True).requires_grad_()
         probs, routing_map, *losses = function(case, x, bias, padding, coefficients)
         scales = (2.0 * len(logits), 3.0 * len(logits))
         weighted = sum(scale * loss for scale, loss in zip(scales, losses, strict=True))
@@ -177,6 +181,17 @@ def check_ties(device: str) -> None:
         odd[0, 3], odd[1, 4], odd[2, :] = float("nan"), float("inf"), float("-inf")
         _, routing_map = route(odd.to(device, dtype), RoutingRule(2, 6, "softmax"))
         assert routing_map.nonzero()[:, 1].view(3, 2).tolist() == [[0, 3], [1, 4], [0, 1]]
+
+
+def check_fine_differences(device: str) -> None:
+    """Logits that differ in fp64 only: the largest are chosen where Megatron chooses by logits."""
+    from megatron_xmoe.ops.router import RoutingRule, route
+
+    logits = torch.ones(2, 6, dtype=torch.float64, device=device)
+    logits[0, 4] += 1e-12
+    logits[1, 0] -= 1e-12
+    _, routing_map = route(logits, RoutingRule(1, 6, "softmax"))
+    assert routing_map.nonzero()[:, 1].tolist() == [4, 1]
 
 
 def check_nothing(device: str) -> None:

@@ -38,6 +38,7 @@ def test_in_parts():
 
 def test_ties_and_nothing():
     cases.check_ties("cuda")
+    cases.check_fine_differences("cuda")
     cases.check_nothing("cuda")
 
 

@@ -24,6 +24,7 @@ CALLS = [
     *((f"case {case}", "compare", (case, "cpu")) for case in cases.CASES),
     ("in parts", "compare_in_parts", ("cpu",)),
     ("ties", "check_ties", ("cpu",)),
+    ("fine differences", "check_fine_differences", ("cpu",)),
     ("nothing", "check_nothing", ("cpu",)),
     *((f"router {name}", "compare_routers", (name, "cpu")) for name in cases.ROUTERS),
     *((f"router {name}, padded", "compare_routers", (name, "cpu", True)) for name in PADDED),
