@@ -4,7 +4,6 @@ Megatron's own fusion takes functions of Transformer Engine. One by one its unfu
 per layer, which cost the host more time than the GPU needs to work on them.
 """
 
-import copy
 from dataclasses import dataclass
 from functools import partial
 
@@ -42,8 +41,6 @@ class FusedRouter(TopKRouter):
         reason = why_not_fused(config, config.num_moe_experts, xmoe)
         if reason:
             raise ValueError(f"--moe-router-fusion cannot be used: {reason}. Fix: leave it out")
-        config = copy.copy(config)  # for Megatron, fusion means Transformer Engine's
-        config.moe_router_fusion = False
         super().__init__(config, *args, **kwargs)
         self.rule = _rule(config, config.num_moe_experts)
 

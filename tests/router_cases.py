@@ -36,8 +36,8 @@ class Case:
     dtype: torch.dtype = torch.float32
     biased: bool = False
     padded: bool = False
-    stretch: float = 1
-    """Factor of the logits."""
+    shift: float = 0
+    """Added to the logits: exp(100) is more than fp32 holds."""
 
     def __str__(self) -> str:
         return self.name
@@ -66,8 +66,8 @@ CASES = [
     Case("groups, fp64", 4, 15, groups=3, group_topk=2, dtype=torch.float64, sequences=2),
     Case("groups before the choice", 4, 24, pre_softmax=True, groups=6, group_topk=2),
     Case("more experts than a tile has columns", 2, 3000, length=3),
-    Case("large logits", 3, 8, stretch=64),
-    Case("large logits before the choice", 3, 8, pre_softmax=True, stretch=64, dtype=torch.float64),
+    Case("large logits", 3, 8, shift=100),
+    Case("large logits before the choice", 3, 8, pre_softmax=True, shift=100, dtype=torch.float64),
     Case("three sequences", 3, 300, length=50, sequences=3, padded=True),
 ]
 LONG = Case("many tokens", 8, 128, length=9000, sequences=3, padded=True, dtype=torch.bfloat16)
@@ -83,7 +83,7 @@ def logits_of(case: Case) -> Tensor:
     logits = (order - case.experts / 2) * (8 / steps if case.experts <= 128 else 16 / steps)
     if case.dtype in (torch.float32, torch.float64):
         logits = logits.to(case.dtype) + torch.rand(tokens, case.experts, dtype=case.dtype) * (2 / steps)
-    logits = logits.to(case.dtype) * case.stretch
+    logits = logits.to(case.dtype) + case.shift
     assert all(len(row.unique()) == case.experts for row in logits[:100])
     return logits
 
@@ -261,7 +261,10 @@ def router_of(config, fuses: bool, device: str):
 
 
 def passes(router, device: str, padded: bool, length: int = 24, sequences: int = 3) -> dict[str, Tensor]:
-    """What two training passes and one of evaluation leave: results, gradients, counts, logged losses."""
+    """What passes leave: results, gradients, counts, logged losses.
+
+    Two of training, one of evaluation, and one as recomputation makes it first.
+    """
     from megatron.core.transformer.moe.moe_logging import MoEMetricsTracker, set_moe_metrics_tracker
     from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
@@ -269,21 +272,24 @@ def passes(router, device: str, padded: bool, length: int = 24, sequences: int =
     set_moe_metrics_tracker(tracker)
     MoEAuxLossAutoScaler.main_loss_backward_scale = torch.tensor(3.0, device=device)
     dtype = router.weight.dtype
-    for number in range(3):
+    for number, (trains, grads) in enumerate(((True, True), (True, True), (False, True), (True, False))):
         torch.manual_seed(number + 10 * torch.distributed.get_rank())
         hidden = torch.randn(length, sequences, HIDDEN).to(device, dtype).requires_grad_()
         padding = (torch.rand(length, sequences) < 0.3).to(device) if padded else None
-        router.train(number < 2)
-        with torch.set_grad_enabled(number < 2):
+        router.train(trains)
+        with torch.set_grad_enabled(grads):
             probs, routing_map = router(hidden, padding)
         found |= {f"probs {number}": probs.detach(), f"map {number}": routing_map}
-        if number < 2:
+        if grads:
             (probs * torch.randn(probs.shape).to(device, probs.dtype)).sum().backward()
             found[f"gradient {number}"] = hidden.grad
     MoEAuxLossAutoScaler.main_loss_backward_scale = None
     found["weight's gradient"] = router.weight.grad
     found |= {name: buffer.clone() for name, buffer in router.named_buffers()}
-    return found | {name: entry.values.clone() for name, entry in tracker._metrics.items()}
+    for name, entry in tracker._metrics.items():
+        ranks = entry.reduce_group.size() if entry.reduce_group is not None else 0
+        found |= {name: entry.values.clone(), f"{name}, reduced": torch.tensor([ranks, entry.needs_dp_avg])}
+    return found
 
 
 def compare_routers(name: str, device: str, padded: bool = False, **more) -> None:
