@@ -45,16 +45,20 @@ def figures_of_layers(loads: ndarray, sums: dict[str, ndarray]) -> dict[str, nda
     }
 
 
-def overall_figures(loads: ndarray, sums: dict[str, ndarray]) -> dict[str, float]:
-    """One figure of each kind for all layers: of their sums, but balance is the mean over layers."""
-    of_layers = figures_of_layers(loads, sums)
-    summed = {name: values.sum(keepdims=True) for name, values in sums.items()}
-    overall = {name: float(of[0]) for name, of in figures_of_layers(loads.sum(axis=0, keepdims=True), summed).items()}
+def figures_of_model(loads: ndarray, sums: dict[str, ndarray]) -> tuple[dict[str, ndarray], dict[str, float]]:
+    """`figures_of_layers`, and one figure of each kind for all layers: of their sums, but balance is their mean."""
+    columns = np.stack([*sums.values()])
+    columns = np.concatenate([columns, columns.sum(axis=1, keepdims=True)], axis=1)
+    with_total = np.concatenate([loads, loads.sum(axis=0, keepdims=True)])
+    of_both = figures_of_layers(with_total, dict(zip(sums, columns, strict=True)))
+    of_layers = {name: values[:-1] for name, values in of_both.items()}
+    overall = {name: float(values[-1]) for name, values in of_both.items()}
     with_routes = loads.any(axis=1)
     for name in ("load-max", "load-entropy", "idle-experts"):
         overall[name] = float(of_layers[name][with_routes].mean()) if with_routes.any() else math.nan
     worst = int(np.where(with_routes, of_layers["load-max"], -1).argmax())
-    return overall | {"load-max-of-worst-layer": float(of_layers["load-max"][worst]), "worst-layer": float(worst + 1)}
+    overall |= {"load-max-of-worst-layer": float(of_layers["load-max"][worst]), "worst-layer": float(worst + 1)}
+    return of_layers, overall
 
 
 def relative_loads(loads: ndarray) -> ndarray:

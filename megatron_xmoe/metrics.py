@@ -1,12 +1,13 @@
 """Figures about X-MoE's layers in Megatron's loggers: load of the experts, traffic, padding, times, memory.
 
-Recording costs no synchronisation: counts stay on the device, traffic is what the host knows anyway, times are events
-that are read once they have happened. Ranks exchange their sums when Megatron logs.
+Recording costs no synchronisation and next to no time: traffic and load are what the host knows anyway (only where
+routes are dropped, the device counts them), times are events that are read at a report. Ranks exchange their sums when
+Megatron logs.
 """
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,17 +18,19 @@ from torch import Tensor
 
 from megatron_xmoe import figures
 from megatron_xmoe.figures import MIB, SUMS, TRAFFIC_SUMS
-from megatron_xmoe.profiling import EXCHANGES, STAGES, MemoryProbe, StageClock, recording_tracker
+from megatron_xmoe.profiling import ALL_STAGES, EXCHANGES, STAGES, MemoryProbe, StageClock, recording_tracker
 
-MEMORY_INTERVAL = 10
+MEMORY_INTERVAL = 50
 """Iterations from one look at the allocator to the next."""
+
+MOST_COUNTED = 256
+"""Passes whose counts wait on the device to be added up."""
 
 _RANK_BITS = 24
 _ABSENT = -(2**62)
 
 
-@dataclass(frozen=True)
-class Traffic:
+class Traffic(NamedTuple):
     """What one forward pass of a layer sends for this rank's tokens; plain ints that the host knows anyway.
 
     A dispatcher fills it in after its one host synchronisation, from the split sizes. A row is the hidden state of a
@@ -99,17 +102,19 @@ def flat_traffic(
         bytes_per_rank: metadata that goes to each other rank.
         padded_rows: of the buffer [E, C].
     """
-    own = node_of_rank[rank]
-    inter = [rows for rows, node in zip(sent, node_of_rank, strict=True) if node != own]
-    intra = [rows for i, (rows, node) in enumerate(zip(sent, node_of_rank, strict=True)) if node == own and i != rank]
+    node = node_of_rank[rank]
+    ranks_of_node = node_of_rank.count(node)
+    rows_of_node = sum(rows for rows, other in zip(sent, node_of_rank, strict=True) if other == node)
+    routes = sum(sent)
+    inter, intra = routes - rows_of_node, rows_of_node - sent[rank]
     return Traffic(
-        routes=sum(sent),
-        routes_remote=sum(inter),
-        inter_rows=sum(inter),
-        intra_rows=sum(intra),
+        routes=routes,
+        routes_remote=inter,
+        inter_rows=inter,
+        intra_rows=intra,
         row_bytes=row_bytes,
-        inter_metadata=bytes_per_route * sum(inter) + bytes_per_rank * len(inter),
-        intra_metadata=bytes_per_route * sum(intra) + bytes_per_rank * len(intra),
+        inter_metadata=bytes_per_route * inter + bytes_per_rank * (len(sent) - ranks_of_node),
+        intra_metadata=bytes_per_route * intra + bytes_per_rank * (ranks_of_node - 1),
         padded_rows=padded_rows,
     )
 
@@ -123,19 +128,24 @@ def recording() -> bool:
     return recording_tracker() is not None
 
 
-def record_traffic(layer_number: int | None, traffic: Traffic) -> None:
+def record_traffic(layer_number: int | None, traffic: Traffic, sent: ndarray) -> None:
     """Add a pass of a layer to the figures, if they are wanted. Does no work on the device.
 
-    Args: the layer's number from 1 (layers of multi-token prediction come after the others), None outside of a model;
-        what was sent.
+    Args:
+        layer_number: from 1 (layers of multi-token prediction come after the others), None outside of a model.
+        traffic: what was sent.
+        sent: int64, this rank's routes of each of the E experts that were not dropped; any shape.
     """
     tracker = recording_tracker()
     if tracker is not None and layer_number is not None:
-        tracker.add_traffic(layer_number, traffic)
+        tracker.add_traffic(layer_number, traffic, sent)
 
 
 def count_routes(layer_number: int | None, routing_map: Tensor) -> None:
-    """Count the routes of each expert in a micro-batch, [T, E] bool, before any is dropped, if they are wanted."""
+    """Count the routes of each expert in a micro-batch, [T, E] bool, before any is dropped, if they are wanted.
+
+    Only for layers that drop, which all of a model do or none: of others `record_traffic` says as much.
+    """
     tracker = recording_tracker()
     if tracker is not None and layer_number is not None:
         tracker.count(layer_number, routing_map)
@@ -158,22 +168,44 @@ class XMoETracker(MoEMetricsTracker):
         super().__init__()
         self.log_interval, self.level, self.breakdown = log_interval, level, breakdown
         self.num_layers, self.num_experts = num_layers, num_experts
+        self._layers = range(1, num_layers + 1)
         self._clock = StageClock(STAGES if breakdown else EXCHANGES)
         self._memory = MemoryProbe()
         self._first_iteration: int | None = None
+        self._device = torch.cuda.current_device()
+        self._routed: Tensor | None = None
+        """[L, E] int64 on the device: routes of layers that drop, before dropping; None as long as none did."""
+        self._counted: list[tuple[int, Tensor]] = []
+        """Passes that are not in it yet: layer from 0, [E]."""
         self._reset()
 
     def _reset(self) -> None:
-        shape = (self.num_layers, self.num_experts)
-        self._loads = torch.zeros(shape, dtype=torch.int64, device=torch.cuda.current_device())
+        self._loads = np.zeros((self.num_layers, self.num_experts), dtype=np.int64)
         self._traffic = [[0] * len(TRAFFIC_SUMS) for _ in range(self.num_layers)]
+        self._routed = None if self._routed is None else self._routed.zero_()
+
+    @property
+    def watched_stages(self) -> frozenset[str]:
+        """Stages that this wants to hear of."""
+        return ALL_STAGES if self._memory.armed else self._clock.stages
 
     def count(self, layer_number: int, routing_map: Tensor) -> None:
         """Add the routes of one micro-batch: layer_number from 1; routing_map [T, E] bool."""
-        self._loads[layer_number - 1] += routing_map.sum(dim=0)
+        self._counted.append((layer_number - 1, routing_map.sum(dim=0)))
+        if len(self._counted) == MOST_COUNTED:
+            self._add_counted()
 
-    def add_traffic(self, layer_number: int, traffic: Traffic) -> None:
-        """Add what one pass of a layer (numbered from 1) sent."""
+    def _add_counted(self) -> None:
+        layers, counts = zip(*self._counted, strict=True)
+        if self._routed is None:
+            self._routed = counts[0].new_zeros(self.num_layers, self.num_experts)
+        layers = torch.tensor(layers).to(self._routed.device, non_blocking=True)
+        self._routed.index_add_(0, layers, torch.stack(counts))
+        self._counted.clear()
+
+    def add_traffic(self, layer_number: int, traffic: Traffic, sent: ndarray) -> None:
+        """Add what one pass of a layer (numbered from 1) sent: in all, and to each of the E experts."""
+        self._loads[layer_number - 1] += sent.reshape(-1)
         values = (
             *(1, traffic.routes, traffic.routes_remote, traffic.inter_rows, traffic.inter_bytes, traffic.intra_bytes),
             *(traffic.padding_rows, traffic.padding_rows * traffic.row_bytes),
@@ -202,24 +234,24 @@ class XMoETracker(MoEMetricsTracker):
         if iteration % self.log_interval == 0:
             text += self._log(iteration, writer, wandb_writer)
             self._first_iteration = iteration + 1
-        if iteration % MEMORY_INTERVAL == 1:
-            self._memory.arm()
+        self._memory.arm(iteration % MEMORY_INTERVAL == 1)
         return text
 
     def _log(self, iteration: int, writer, wandb_writer) -> str:
         """Sum over ranks; on the last one, whose loggers Megatron uses, write the figures and return the text."""
-        loads, sums, extremes = self._reduce()
-        if dist.get_rank() != dist.get_world_size() - 1:
+        reduced = self._reduce()
+        if reduced is None:
             return ""
-        overall = figures.overall_figures(loads, sums) | {name: float(of[-1]) for name, of in extremes.items()}
+        loads, sums, extremes = reduced
+        of_layers, overall = figures.figures_of_model(loads, sums)
+        overall |= {name: float(of[-1]) for name, of in extremes.items()}
         scalars, text = {}, ""
         if self.level != "off":
             scalars |= {f"xmoe/{name}": value for name, value in overall.items()}
             text = figures.console_text(overall)
         if self.level == "layers":
-            of_layers = figures.figures_of_layers(loads, sums) | {name: of[:-1] for name, of in extremes.items()}
-            for name, values in of_layers.items():
-                tags = (f"xmoe-{name}/layer-{number:03d}" for number in range(1, self.num_layers + 1))
+            for name, values in (of_layers | {name: of[:-1] for name, of in extremes.items()}).items():
+                tags = (f"xmoe-{name}/layer-{number:03d}" for number in self._layers)
                 scalars |= dict(zip(tags, values.tolist(), strict=True))
             if writer is not None:
                 heat = torch.from_numpy(figures.relative_loads(loads).astype(np.float32))
@@ -231,19 +263,35 @@ class XMoETracker(MoEMetricsTracker):
         _write({tag: value for tag, value in scalars.items() if not math.isnan(value)}, iteration, writer, wandb_writer)
         return text
 
-    def _reduce(self) -> tuple[ndarray, dict[str, ndarray], dict[str, ndarray]]:
-        """Since the last report, over all ranks: loads [L, E], SUMS by name [L], and extremes of ranks [L + 1]."""
-        spent, layers = self._clock.read(), range(1, self.num_layers + 1)
-        times = [[spent.get((layer, stage), 0.0) for stage in STAGES] for layer in layers]
-        mine = np.concatenate([np.array(part, dtype=np.float64) for part in (self._traffic, times)], axis=1)
-        device = self._loads.device
-        sums = torch.cat([self._loads.double(), torch.from_numpy(mine).to(device)], dim=1)
-        extremes = torch.from_numpy(self._extremes(dict(zip(SUMS, mine.T, strict=True)))).to(device)
-        dist.all_reduce(sums)
-        dist.all_reduce(extremes, op=dist.ReduceOp.MAX)
+    def _reduce(self) -> tuple[ndarray, dict[str, ndarray], dict[str, ndarray]] | None:
+        """Since the last report, over all ranks: loads [L, E], SUMS by name [L], and extremes of ranks [L + 1].
+
+        For the last rank; None on others, which do not wait for the result.
+        """
+        layers, experts = self._loads.shape
+        shape = layers, experts + len(SUMS)
+        packed = np.empty(layers * shape[1] + 3 * (layers + 1))  # one transfer each way
+        sums = packed[: -3 * (layers + 1)].reshape(shape)
+        sums[:, :experts] = self._loads
+        sums[:, experts : -len(STAGES)] = self._traffic
+        spent = self._clock.read()
+        sums[:, -len(STAGES) :] = [[spent.get((layer, stage), 0.0) for stage in STAGES] for layer in self._layers]
+        packed[sums.size :] = self._extremes(dict(zip(SUMS, sums.T[experts:], strict=True))).view(np.float64).ravel()
+        on_device = torch.from_numpy(packed).to(self._device, non_blocking=True)
+        sums_on_device, extremes = on_device.split([sums.size, 3 * (layers + 1)])
+        if self._counted:
+            self._add_counted()
+        if self._routed is not None:
+            sums_on_device.view(shape)[:, :experts] = self._routed
+        dist.all_reduce(sums_on_device)
+        dist.all_reduce(extremes.view(torch.int64), op=dist.ReduceOp.MAX)
         self._reset()
-        loads, columns = np.split(sums.cpu().numpy(), [self.num_experts], axis=1)
-        return loads, dict(zip(SUMS, columns.T, strict=True)), _named_extremes(extremes.cpu().numpy())
+        if dist.get_rank() != dist.get_world_size() - 1:
+            return None
+        packed = on_device.cpu().numpy()
+        loads, columns = np.split(packed[: sums.size].reshape(shape), [experts], axis=1)
+        extremes = packed[sums.size :].view(np.int64).reshape(-1, 3)
+        return loads, dict(zip(SUMS, columns.T, strict=True)), _named_extremes(extremes)
 
     def _extremes(self, mine: dict[str, ndarray]) -> ndarray:
         """[L + 1, 3] int64, to be maximised over ranks: all-to-all time a pass, its negative, bytes of memory.
@@ -253,7 +301,7 @@ class XMoETracker(MoEMetricsTracker):
         exchanges, passes = sum(mine[stage] for stage in EXCHANGES), mine["passes"]
         exchanges, passes = (np.append(x, x.sum()) for x in (exchanges, passes))
         nanoseconds = np.rint(exchanges / np.maximum(passes, 1) * 1e6).astype(np.int64)
-        memory = [self._memory.peaks.get(layer, 0) for layer in range(1, self.num_layers + 1)]
+        memory = [self._memory.peaks.get(layer, 0) for layer in self._layers]
         ranked = (
             np.where(exchanges > 0, (x << _RANK_BITS) + dist.get_rank(), _ABSENT) for x in (nanoseconds, -nanoseconds)
         )
@@ -272,7 +320,13 @@ def _named_extremes(extremes: ndarray) -> dict[str, ndarray]:
 
 
 def _write(scalars: dict[str, float], iteration: int, writer, wandb_writer) -> None:
-    if writer is not None:
+    file_writer = getattr(writer, "file_writer", None)
+    if file_writer is not None:  # of torch's writer: all values in one event, instead of an event each
+        from torch.utils.tensorboard.summary import Summary
+
+        values = [Summary.Value(tag=tag, simple_value=value) for tag, value in scalars.items()]
+        file_writer.add_summary(Summary(value=values), iteration)
+    elif writer is not None:
         for tag, value in scalars.items():
             writer.add_scalar(tag, value, iteration)
     if wandb_writer is not None:

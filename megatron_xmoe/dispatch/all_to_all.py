@@ -107,16 +107,17 @@ class AllToAllDispatcher(PaddingFreeDispatcher):
 
         Args: sent [G, E / G] on the CPU, routes of each expert.
         """
+        routes = sent.numpy()
         traffic = flat_traffic(
-            sent.sum(dim=1).tolist(),
+            routes.sum(axis=1).tolist(),
             rank=self.ep_rank,
             node_of_rank=self.topology.node_of,
             row_bytes=hidden_states.shape[-1] * hidden_states.element_size(),
             bytes_per_route=probs.element_size(),
-            bytes_per_rank=self.num_local_experts * sent.element_size(),
-            padded_rows=self.padded_rows(sent, probs.shape[0]),
+            bytes_per_rank=self.num_local_experts * routes.itemsize,
+            padded_rows=self.padded_rows(routes, probs.shape[0]),
         )
-        record_traffic(self.layer_number, traffic)
+        record_traffic(self.layer_number, traffic, routes)
 
     def _exchange_counts(self, tokens_per_expert: Tensor) -> tuple[Tensor, Tensor]:
         """On the CPU: routes for each expert of each rank [G, E / G], and received ones, [ETP, G, E / G]."""

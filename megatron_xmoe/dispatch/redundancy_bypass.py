@@ -92,7 +92,7 @@ class RedundancyBypassDispatcher(PaddingFreeDispatcher):
         *told, everywhere = self._exchange_counts(routes, copies)
         counts = self._counts(*told, tokens, probs.dtype)
         if recording():
-            record_traffic(self.layer_number, self._traffic(counts))
+            record_traffic(self.layer_number, self._traffic(counts), counts.routes[0])
         plan = Plan(
             counts=counts,
             places=self.places,
@@ -194,7 +194,7 @@ class RedundancyBypassDispatcher(PaddingFreeDispatcher):
             row_bytes=counts.row_bytes,
             inter_metadata=int(metadata[remote].sum()),
             intra_metadata=int(metadata[~remote & other].sum()),
-            padded_rows=self.padded_rows(torch.from_numpy(counts.routes[0]), counts.tokens),
+            padded_rows=self.padded_rows(counts.routes[0], counts.tokens),
         )
 
     def _check_size(self, tokens: int, topk: int) -> None:
