@@ -19,6 +19,9 @@ SUMS = (*TRAFFIC_SUMS, *STAGES)
 PAPERS_NAMES = ("gate", "dispatch buffer", "all-to-all", "experts", "all-to-all", "combine")
 """What the paper's table calls the STAGES."""
 
+RANK_BITS = 24
+ABSENT = -(2**62)
+
 
 def figures_of_layers(loads: ndarray, sums: dict[str, ndarray]) -> dict[str, ndarray]:
     """Figures [L] of L layers by name; NaN where there is nothing to divide by.
@@ -59,6 +62,31 @@ def figures_of_model(loads: ndarray, sums: dict[str, ndarray]) -> tuple[dict[str
     worst = int(np.where(with_routes, of_layers["load-max"], -1).argmax())
     overall |= {"load-max-of-worst-layer": float(of_layers["load-max"][worst]), "worst-layer": float(worst + 1)}
     return of_layers, overall
+
+
+def extremes_of_rank(mine: dict[str, ndarray], memory: list[int], rank: int) -> ndarray:
+    """[L + 1, 3] int64, to be maximised over ranks: all-to-all time a pass, its negative, bytes of memory.
+
+    The last row is for all layers. Times are in ns and carry the rank in their low bits.
+
+    Args: SUMS of this rank by name, [L]; bytes of each layer; the rank.
+    """
+    exchanges, passes = sum(mine[stage] for stage in EXCHANGES), mine["passes"]
+    exchanges, passes = (np.append(x, x.sum()) for x in (exchanges, passes))
+    nanoseconds = np.rint(exchanges / np.maximum(passes, 1) * 1e6).astype(np.int64)
+    ranked = (np.where(exchanges > 0, (x << RANK_BITS) + rank, ABSENT) for x in (nanoseconds, -nanoseconds))
+    return np.stack([*ranked, [*memory, max(memory)]], axis=1)
+
+
+def named_extremes(extremes: ndarray) -> dict[str, ndarray]:
+    """Figures [L + 1] by name from the maxima, NaN where no rank had any; the last element is for all layers."""
+    named = {}
+    for name, sign, column in (("slowest", 1, extremes[:, 0]), ("fastest", -1, extremes[:, 1])):
+        there = column != ABSENT
+        named[f"alltoall-{name}-ms"] = np.where(there, sign * (column >> RANK_BITS) / 1e6, math.nan)
+        named[f"alltoall-{name}-rank"] = np.where(there, column % 2**RANK_BITS, math.nan)
+    memory = extremes[:, 2]
+    return named | {"memory-MiB": np.where(memory > 0, memory / MIB, math.nan)}
 
 
 def relative_loads(loads: ndarray) -> ndarray:

@@ -17,7 +17,7 @@ from numpy import ndarray
 from torch import Tensor
 
 from megatron_xmoe import figures
-from megatron_xmoe.figures import MIB, SUMS, TRAFFIC_SUMS
+from megatron_xmoe.figures import SUMS, TRAFFIC_SUMS
 from megatron_xmoe.profiling import ALL_STAGES, EXCHANGES, STAGES, MemoryProbe, StageClock, recording_tracker
 
 MEMORY_INTERVAL = 50
@@ -25,9 +25,6 @@ MEMORY_INTERVAL = 50
 
 MOST_COUNTED = 256
 """Passes whose counts wait on the device to be added up."""
-
-_RANK_BITS = 24
-_ABSENT = -(2**62)
 
 
 class Traffic(NamedTuple):
@@ -276,47 +273,24 @@ class XMoETracker(MoEMetricsTracker):
         sums[:, experts : -len(STAGES)] = self._traffic
         spent = self._clock.read()
         sums[:, -len(STAGES) :] = [[spent.get((layer, stage), 0.0) for stage in STAGES] for layer in self._layers]
-        packed[sums.size :] = self._extremes(dict(zip(SUMS, sums.T[experts:], strict=True))).view(np.float64).ravel()
+        memory = [self._memory.peaks.get(layer, 0) for layer in self._layers]
+        extremes = figures.extremes_of_rank(dict(zip(SUMS, sums.T[experts:], strict=True)), memory, dist.get_rank())
+        packed[sums.size :] = extremes.view(np.float64).ravel()
         on_device = torch.from_numpy(packed).to(self._device, non_blocking=True)
-        sums_on_device, extremes = on_device.split([sums.size, 3 * (layers + 1)])
+        sums_on_device, extremes_on_device = on_device.split([sums.size, 3 * (layers + 1)])
         if self._counted:
             self._add_counted()
         if self._routed is not None:
             sums_on_device.view(shape)[:, :experts] = self._routed
         dist.all_reduce(sums_on_device)
-        dist.all_reduce(extremes.view(torch.int64), op=dist.ReduceOp.MAX)
+        dist.all_reduce(extremes_on_device.view(torch.int64), op=dist.ReduceOp.MAX)
         self._reset()
         if dist.get_rank() != dist.get_world_size() - 1:
             return None
         packed = on_device.cpu().numpy()
         loads, columns = np.split(packed[: sums.size].reshape(shape), [experts], axis=1)
         extremes = packed[sums.size :].view(np.int64).reshape(-1, 3)
-        return loads, dict(zip(SUMS, columns.T, strict=True)), _named_extremes(extremes)
-
-    def _extremes(self, mine: dict[str, ndarray]) -> ndarray:
-        """[L + 1, 3] int64, to be maximised over ranks: all-to-all time a pass, its negative, bytes of memory.
-
-        The last row is for all layers. Times are in ns and carry the rank in their low bits.
-        """
-        exchanges, passes = sum(mine[stage] for stage in EXCHANGES), mine["passes"]
-        exchanges, passes = (np.append(x, x.sum()) for x in (exchanges, passes))
-        nanoseconds = np.rint(exchanges / np.maximum(passes, 1) * 1e6).astype(np.int64)
-        memory = [self._memory.peaks.get(layer, 0) for layer in self._layers]
-        ranked = (
-            np.where(exchanges > 0, (x << _RANK_BITS) + dist.get_rank(), _ABSENT) for x in (nanoseconds, -nanoseconds)
-        )
-        return np.stack([*ranked, [*memory, max(memory)]], axis=1)
-
-
-def _named_extremes(extremes: ndarray) -> dict[str, ndarray]:
-    """Figures [L + 1] by name, NaN where no rank had any; the last element is for all layers."""
-    named = {}
-    for name, sign, column in (("slowest", 1, extremes[:, 0]), ("fastest", -1, extremes[:, 1])):
-        there = column != _ABSENT
-        named[f"alltoall-{name}-ms"] = np.where(there, sign * (column >> _RANK_BITS) / 1e6, math.nan)
-        named[f"alltoall-{name}-rank"] = np.where(there, column % 2**_RANK_BITS, math.nan)
-    memory = extremes[:, 2]
-    return named | {"memory-MiB": np.where(memory > 0, memory / MIB, math.nan)}
+        return loads, dict(zip(SUMS, columns.T, strict=True)), figures.named_extremes(extremes)
 
 
 def _write(scalars: dict[str, float], iteration: int, writer, wandb_writer) -> None:

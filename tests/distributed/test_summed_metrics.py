@@ -66,8 +66,8 @@ class Event:
         Event.now += torch.distributed.get_rank() + 1
         self.when = Event.now
 
-    def query(self) -> bool:
-        return True
+    def synchronize(self) -> None:
+        """It has happened."""
 
     def elapsed_time(self, end: "Event") -> float:
         return end.when - self.when
