@@ -7,9 +7,10 @@ from torch import Tensor
 from megatron_xmoe.dispatch.base import PaddingFreeDispatcher
 from megatron_xmoe.dispatch.exchange import exchange_rows
 from megatron_xmoe.dispatch.state import AllToAllState
-from megatron_xmoe.metrics import flat_traffic, record_traffic, recording
+from megatron_xmoe.metrics import record_traffic, recording
 from megatron_xmoe.ops import RowsSource, gather_rows, gather_sum
 from megatron_xmoe.profiling import profiled
+from megatron_xmoe.traffic import flat_traffic
 
 
 @profiled(
@@ -46,8 +47,6 @@ class AllToAllDispatcher(PaddingFreeDispatcher):
         routes = self.routes_of(routing_map, probs)
         sent, received = self._exchange_counts(routes.tokens_per_expert)
         num_rows = int(sent.sum())
-        if recording():
-            self._record_traffic(sent, hidden_states, probs)
         self.state = AllToAllState(
             hidden_shape=hidden_states.shape,
             inverse=routes.inverse,
@@ -61,6 +60,8 @@ class AllToAllDispatcher(PaddingFreeDispatcher):
         rows = hidden_states.reshape(-1, hidden_states.shape[-1])
         if not self.all_experts_here:
             rows = gather_rows(rows, self.state.token_ids, routes.inverse)
+        if recording():
+            self._record_traffic(sent, hidden_states, probs)
         return rows, routes.combine_weights[:num_rows]
 
     def token_dispatch(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
@@ -109,7 +110,7 @@ class AllToAllDispatcher(PaddingFreeDispatcher):
         """
         routes = sent.numpy()
         traffic = flat_traffic(
-            routes.sum(axis=1).tolist(),
+            self.state.input_splits,
             rank=self.ep_rank,
             node_of_rank=self.topology.node_of,
             row_bytes=hidden_states.shape[-1] * hidden_states.element_size(),

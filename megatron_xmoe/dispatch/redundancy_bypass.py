@@ -16,12 +16,13 @@ from megatron_xmoe.dispatch.bypass_plan import Plan
 from megatron_xmoe.dispatch.layout import Counts
 from megatron_xmoe.dispatch.pilots import PilotRule, Places, choose_copies, most_routes, salt_of
 from megatron_xmoe.dispatch.state import BypassState
-from megatron_xmoe.metrics import Traffic, record_traffic, recording
+from megatron_xmoe.metrics import record_traffic, recording
 from megatron_xmoe.ops import Routes
 from megatron_xmoe.ops.bypass import Numbered
 from megatron_xmoe.ops.raw_bits import wire_dtype
 from megatron_xmoe.parallel_state import NodeTopology
 from megatron_xmoe.profiling import profiled
+from megatron_xmoe.traffic import Traffic
 
 LARGEST_WORD = 2**31 - 1
 

@@ -2,16 +2,19 @@
 
 import math
 from collections import Counter
+from unittest import mock
 
 import harness
 import numpy as np
 import pytest
 import torch
 from test_layer import HIDDEN, classes, layer, tokens
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_xmoe import figures, metrics, profiling
-from megatron_xmoe.metrics import Traffic, XMoETracker, flat_traffic
+from megatron_xmoe.metrics import XMoETracker
 from megatron_xmoe.profiling import STAGES, MemoryProbe, StageClock, profile_range
+from megatron_xmoe.traffic import Traffic, flat_traffic
 
 EXPERTS, TOPK, TOKENS = 4, 2, 10
 
@@ -228,6 +231,75 @@ def test_levels(install):
     assert tags["layers"] - tags["summary"] >= {"xmoe-load-max/layer-001", "xmoe-intra-node-MiB/layer-001"}
 
 
+class Operations(TorchDispatchMode):
+    """Counts torch's operations."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.seen[function.overloadpacket.__name__] += 1
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("factor, added", [(None, {}), (2.0, {"sum": 1})])
+def test_what_recording_adds_to_a_pass(install, factor, added):
+    """Nothing on the device, but where routes are dropped one operation that counts them before."""
+    built, seen = layer(classes()[1], moe_expert_capacity_factor=factor), []
+    for record in (False, True):
+        if record:
+            install("summary", log_interval=10)
+        with Operations() as operations:
+            built(tokens())
+        seen.append(operations.seen)
+    views = Counter(detach=1)  # Tensor.numpy
+    assert seen[1] - seen[0] == Counter(added) + views and not seen[0] - seen[1]
+
+
+def test_a_report_is_two_exchanges(install, monkeypatch):
+    """And between two reports there is none."""
+    done = []
+    monkeypatch.setattr(metrics.dist, "all_reduce", lambda *args, **options: done.append(args))
+    tracker, built = install("layers", log_interval=3), layer(classes()[1], moe_expert_capacity_factor=2.0)
+    for iteration in (1, 2, 3):
+        built(tokens())
+        report(tracker, iteration)
+        assert len(done) == (2 if iteration == 3 else 0)
+
+
+def test_counts_of_many_passes_are_added_up(install, monkeypatch):
+    monkeypatch.setattr(metrics, "MOST_COUNTED", 2)
+    tracker, built = install(), layer(classes()[1], moe_expert_capacity_factor=2.0)
+    for number in range(5):
+        built(tokens(number))
+        assert len(tracker._counted) == (number + 1) % 2
+    assert tracker._reduce()[0].sum() == 5 * TOKENS * TOPK
+    assert tracker._reduce()[0].sum() == 0
+
+
+def test_tensorboard_gets_one_event(tmp_path, install):
+    """The same points as from a writer that takes them one by one."""
+    pytest.importorskip("tensorboard", reason="events are written and read with TensorBoard: pip install tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from torch.utils.tensorboard import SummaryWriter
+
+    tracker, built, one_by_one = install("layers", log_interval=4), layer(classes()[1]), Writer()
+    built(tokens())
+    with SummaryWriter(tmp_path) as writer, mock.patch.object(writer, "add_scalar") as add_scalar:
+        with mock.patch.object(metrics, "_write", wraps=metrics._write) as write:
+            report(tracker, 4, writer=writer)
+        scalars = write.call_args.args[0]
+    assert not add_scalar.called and len(scalars) > 20
+    metrics._write(scalars, 4, one_by_one, None)
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    points = {(tag, event.step): event.value for tag in events.Tags()["scalars"] for event in events.Scalars(tag)}
+    assert points == pytest.approx(one_by_one.scalars)
+    (times,) = {tuple(event.wall_time for event in events.Scalars(tag)) for tag in events.Tags()["scalars"]}
+    assert len(times) == 1
+
+
 def test_nothing_is_recorded_without_a_tracker():
     """Megatron's own tracker is left as it is."""
     from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
@@ -351,6 +423,9 @@ def test_memory_is_reported(install, monkeypatch):
     for iteration in (1, 2):
         built(tokens())
         report(tracker, iteration, writer=writer)
+    looks = next(size)
+    built(tokens())  # disarmed by the second report
+    assert next(size) == looks + 2**20
     assert ("xmoe/memory-MiB", 1) not in writer.scalars  # armed by the first report
     ends = 9  # gate, permute, dispatch, permute in permute, unpermute, experts around these three, combine, unpermute
     assert writer.scalars["xmoe/memory-MiB", 2] == writer.scalars["xmoe-memory-MiB/layer-001", 2] == ends
