@@ -136,12 +136,13 @@ class XMoETracker(MoEMetricsTracker):
         text = super().report(
             loss_scale=loss_scale, iteration=iteration, writer=writer, wandb_writer=wandb_writer, **options
         )
-        if self._first_iteration is None:
+        is_first = self._first_iteration is None
+        if is_first:
             self._first_iteration = iteration
         if iteration % self.log_interval == 0:
             text += self._log(iteration, writer, wandb_writer)
             self._first_iteration = iteration + 1
-        self._memory.arm(iteration % MEMORY_INTERVAL == 1)
+        self._memory.arm(is_first or iteration % MEMORY_INTERVAL == 1)
         return text
 
     def _log(self, iteration: int, writer, wandb_writer) -> str:
