@@ -1,11 +1,12 @@
 """Figures about X-MoE's layers in Megatron's loggers: load of the experts, traffic, padding, times, memory.
 
-Recording costs no synchronisation and next to no time: traffic and load are what the host knows anyway (only where
-routes are dropped, the device counts them), times are events that are read at a report. Ranks exchange their sums when
-Megatron logs.
+Recording costs no synchronisation and next to no time: load and traffic are what the host knows anyway, or counts that
+stay on the device, times are events, and both are read at a report. Ranks exchange their sums when Megatron logs.
 """
 
 import math
+from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
@@ -22,8 +23,8 @@ from megatron_xmoe.traffic import Traffic
 MEMORY_INTERVAL = 50
 """Iterations from one look at the allocator to the next."""
 
-MOST_COUNTED = 256
-"""Passes whose counts wait on the device to be added up."""
+MOST_WAITING = 256
+"""Counts that wait on the device until they are sent to the host together."""
 
 
 def recording() -> bool:
@@ -48,6 +49,16 @@ def record_traffic(layer_number: int | None, traffic: Traffic, sent: ndarray) ->
         tracker.add_traffic(layer_number, traffic, sent)
 
 
+def record_traffic_later(layer_number: int | None, sent: Tensor, traffic: Callable[[ndarray], Traffic]) -> None:
+    """`record_traffic` where the host does not know the numbers yet, and does not wait for them.
+
+    Args: sent, [E] int64 on the device, which is not written to any more; what was sent, given the same on the host.
+    """
+    tracker = recording_tracker()
+    if tracker is not None and layer_number is not None:
+        tracker.add_traffic_later(layer_number, sent, traffic)
+
+
 def count_routes(layer_number: int | None, routing_map: Tensor) -> None:
     """Count the routes of each expert in a micro-batch, [T, E] bool, before any is dropped, if they are wanted.
 
@@ -56,6 +67,42 @@ def count_routes(layer_number: int | None, routing_map: Tensor) -> None:
     tracker = recording_tracker()
     if tracker is not None and layer_number is not None:
         tracker.count(layer_number, routing_map)
+
+
+class LateCounts:
+    """Counts that the device computes, for the host, which does not wait for them until it has to."""
+
+    def __init__(self) -> None:
+        self._waiting: list[tuple[Tensor, Callable[[ndarray], None]]] = []
+        self._arriving: tuple[torch.cuda.Event, Tensor, list[Callable[[ndarray], None]]] | None = None
+
+    def add(self, counts: Tensor, use: Callable[[ndarray], None]) -> None:
+        """Have `use` called with the counts, [E] int64 on the device, by `read` or many calls later."""
+        self._waiting.append((counts, use))
+        if len(self._waiting) == MOST_WAITING:
+            self._send()
+
+    def read(self) -> None:
+        """Use all. Waits for the device."""
+        if self._waiting:
+            self._send()
+        self._use_arriving()
+
+    def _send(self) -> None:
+        self._use_arriving()  # as many passes ago, so it is there
+        counts, uses = zip(*self._waiting, strict=True)
+        on_host, there = torch.stack(counts).to("cpu", non_blocking=True), torch.cuda.Event()
+        there.record()
+        self._arriving = there, on_host, uses
+        self._waiting.clear()
+
+    def _use_arriving(self) -> None:
+        if self._arriving is not None:
+            there, on_host, uses = self._arriving
+            there.synchronize()
+            for counts, use in zip(on_host.numpy(), uses, strict=True):
+                use(counts)
+            self._arriving = None
 
 
 class XMoETracker(MoEMetricsTracker):
@@ -80,16 +127,13 @@ class XMoETracker(MoEMetricsTracker):
         self._memory = MemoryProbe()
         self._first_iteration: int | None = None
         self._device = torch.cuda.current_device()
-        self._routed: Tensor | None = None
-        """[L, E] int64 on the device: routes of layers that drop, before dropping; None as long as none did."""
-        self._counted: list[tuple[int, Tensor]] = []
-        """Passes that are not in it yet: layer from 0, [E]."""
+        self._late = LateCounts()
         self._reset()
 
     def _reset(self) -> None:
-        self._loads = np.zeros((self.num_layers, self.num_experts), dtype=np.int64)
+        shape = self.num_layers, self.num_experts
+        self._routed, self._sent = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64)
         self._traffic = [[0] * len(TRAFFIC_SUMS) for _ in range(self.num_layers)]
-        self._routed = None if self._routed is None else self._routed.zero_()
 
     @property
     def watched_stages(self) -> frozenset[str]:
@@ -98,21 +142,14 @@ class XMoETracker(MoEMetricsTracker):
 
     def count(self, layer_number: int, routing_map: Tensor) -> None:
         """Add the routes of one micro-batch: layer_number from 1; routing_map [T, E] bool."""
-        self._counted.append((layer_number - 1, routing_map.sum(dim=0)))
-        if len(self._counted) == MOST_COUNTED:
-            self._add_counted()
+        self._late.add(routing_map.sum(dim=0), partial(self._add_routed, layer_number))
 
-    def _add_counted(self) -> None:
-        layers, counts = zip(*self._counted, strict=True)
-        if self._routed is None:
-            self._routed = counts[0].new_zeros(self.num_layers, self.num_experts)
-        layers = torch.tensor(layers).to(self._routed.device, non_blocking=True)
-        self._routed.index_add_(0, layers, torch.stack(counts))
-        self._counted.clear()
+    def _add_routed(self, layer_number: int, counts: ndarray) -> None:
+        self._routed[layer_number - 1] += counts
 
     def add_traffic(self, layer_number: int, traffic: Traffic, sent: ndarray) -> None:
         """Add what one pass of a layer (numbered from 1) sent: in all, and to each of the E experts."""
-        self._loads[layer_number - 1] += sent.reshape(-1)
+        self._sent[layer_number - 1] += sent.reshape(-1)
         values = (
             *(1, traffic.routes, traffic.routes_remote, traffic.inter_rows, traffic.inter_bytes, traffic.intra_bytes),
             *(traffic.padding_rows, traffic.padding_rows * traffic.row_bytes),
@@ -120,6 +157,10 @@ class XMoETracker(MoEMetricsTracker):
         row = self._traffic[layer_number - 1]
         for i, value in enumerate(values):
             row[i] += value
+
+    def add_traffic_later(self, layer_number: int, sent: Tensor, traffic: Callable[[ndarray], Traffic]) -> None:
+        """`add_traffic` once [E] `sent` is on the host."""
+        self._late.add(sent, lambda counts: self.add_traffic(layer_number, traffic(counts), counts))
 
     def stage_begins(self, layer_number: int, stage: str) -> None:
         """A stage of a layer's forward pass begins."""
@@ -176,11 +217,12 @@ class XMoETracker(MoEMetricsTracker):
 
         For the last rank; None on others, which do not wait for the result.
         """
-        layers, experts = self._loads.shape
+        self._late.read()
+        layers, experts = self._sent.shape
         shape = layers, experts + len(SUMS)
         packed = np.empty(layers * shape[1] + 3 * (layers + 1))  # one transfer each way
         sums = packed[: -3 * (layers + 1)].reshape(shape)
-        sums[:, :experts] = self._loads
+        sums[:, :experts] = np.maximum(self._routed, self._sent)  # layers that do not drop count what they send only
         sums[:, experts : -len(STAGES)] = self._traffic
         spent = self._clock.read()
         sums[:, -len(STAGES) :] = [[spent.get((layer, stage), 0.0) for stage in STAGES] for layer in self._layers]
@@ -189,10 +231,6 @@ class XMoETracker(MoEMetricsTracker):
         packed[sums.size :] = extremes.view(np.float64).ravel()
         on_device = torch.from_numpy(packed).to(self._device, non_blocking=True)
         sums_on_device, extremes_on_device = on_device.split([sums.size, 3 * (layers + 1)])
-        if self._counted:
-            self._add_counted()
-        if self._routed is not None:
-            sums_on_device.view(shape)[:, :experts] = self._routed
         dist.all_reduce(sums_on_device)
         dist.all_reduce(extremes_on_device.view(torch.int64), op=dist.ReduceOp.MAX)
         self._reset()
