@@ -281,6 +281,19 @@ def test_counts_of_many_passes_are_added_up(install, monkeypatch, factor):
     assert tracker._reduce()[0].sum() == 0
 
 
+def test_late_counts_are_waited_for_late(monkeypatch):
+    """Only when they are read, or when as many came after them."""
+    waited = []
+    monkeypatch.setattr(metrics, "MOST_WAITING", 3)
+    monkeypatch.setattr(torch.cuda.Event, "synchronize", lambda event: waited.append(len(used)))
+    late, used = metrics.LateCounts(), []
+    for number in range(7):
+        late.add(torch.tensor([number]), lambda counts: used.append(counts.item()))
+        assert used == [0, 1, 2][: 3 * (number >= 5)]
+    late.read()
+    assert used == list(range(7)) and waited == [0, 3, 6]
+
+
 def test_tensorboard_gets_one_event(tmp_path, install):
     """The same points as from a writer that takes them one by one."""
     pytest.importorskip("tensorboard", reason="events are written and read with TensorBoard: pip install tensorboard")
