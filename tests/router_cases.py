@@ -16,7 +16,8 @@ from torch import Tensor
 HIDDEN = 16
 BOUNDS = {torch.float32: 1e-6, torch.float64: 1e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 """Relative RMS errors; in fp64 Megatron computes in fp32, too. The interpreter rounds to 16 bits by cutting off, and
-Megatron rounds each part of a gradient to 16 bits before it adds them up."""
+Megatron rounds each part of a gradient to 16 bits before it adds them up.
+"""
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,11 @@ CASES = [
 ]
 LONG = Case("many tokens", 8, 128, length=9000, sequences=3, padded=True, dtype=torch.bfloat16)
 """For a GPU, where several programs have several parts."""
+
+
+def bound_of(dtype: torch.dtype, device: str) -> float:
+    """The largest error; the exponential function of a GPU's kernels is off by some units in the last place."""
+    return BOUNDS[dtype] * (3 if device == "cuda" else 1)
 
 
 def logits_of(case: Case) -> Tensor:
@@ -148,7 +154,7 @@ def compare(case: Case, device: str) -> None:
     assert (probs.dtype, rest[-1].dtype) == (case.dtype, case.dtype)
     errors = [relative_rms_error(probs, expected)]
     errors += [relative_rms_error(a, b) for a, b in zip(rest, expected_rest, strict=True)]
-    assert max(errors) <= BOUNDS[case.dtype], f"probs, losses, gradient: {errors}"
+    assert max(errors) <= bound_of(case.dtype, device), f"probs, losses, gradient: {errors}"
     counted = routing_map if padding is None else routing_map & ~padding.unsqueeze(1)
     assert torch.equal(added, 7 + counted.sum(dim=0))
 
@@ -297,7 +303,7 @@ def compare_routers(name: str, device: str, padded: bool = False, **more) -> Non
     config = config_of(**ROUTERS[name] | more)
     expected, found = (passes(router_of(config, fuses, device), device, padded) for fuses in (False, True))
     assert expected.keys() == found.keys() and len(found) >= 9
-    bound = BOUNDS[config.params_dtype]
+    bound = bound_of(config.params_dtype, device)
     for key, value in expected.items():
         if value.dtype == torch.bool or key == "local_tokens_per_expert":
             assert torch.equal(value, found[key]), f"{name}: {key}"
