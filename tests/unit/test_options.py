@@ -153,7 +153,10 @@ LIMITS = {
         {"moe_router_force_load_balancing": True, "tensor_model_parallel_size": 2},  # experts on both ranks
         {"moe_router_force_load_balancing": True, "tensor_model_parallel_size": 2, "expert_tensor_parallel_size": 1},
     ),
-    "moe_router_fusion": ({"moe_router_fusion": True, "num_experts": 8}, {}),  # test_fused_router.py has what is served
+    "moe_router_fusion": (  # test_fused_router.py has what is served, where Triton runs
+        {"moe_router_fusion": True, "num_experts": 8, "moe_enable_routing_replay": True},
+        {"moe_enable_routing_replay": True},
+    ),
 }
 
 
