@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from megatron_xmoe.kernels.registry import why_not_triton
 
@@ -85,7 +86,7 @@ def route(
     """Experts of each token, their weights, and the losses.
 
     Args:
-        logits: [T, E], the T / B positions of the sequences one after the other.
+        logits: [T, E]; row t is of sequence t % B.
         bias: [E], added to the scores for the choice only; not for softmax.
         padding: [T] bool, True for tokens that losses and counts leave out.
         added: [E] int32, to which each expert's routes are added in place.
@@ -106,8 +107,9 @@ class _Route(torch.autograd.Function):
         logits = logits.contiguous()
         if padding is not None:
             padding = padding.contiguous().view(torch.uint8)
-        tables = (bias, padding, added, rule.constants, sequences, bool(balances))
-        probs, chosen, sums, counts = triton_router.route(logits, *tables)
+        probs, chosen, sums, counts = triton_router.route(
+            logits, bias, padding, added, rule.constants, sequences, tally=bool(balances)
+        )
         slopes, losses = None, []
         if balances:
             slopes = torch.empty(len(balances), sequences, rule.experts, dtype=torch.float32, device=logits.device)
@@ -120,6 +122,7 @@ class _Route(torch.autograd.Function):
         return probs, routing_map, *losses
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_probs, _, *grad_losses):
         from megatron_xmoe.kernels import triton_router
 
