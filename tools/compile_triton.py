@@ -32,6 +32,7 @@ from megatron_xmoe.kernels import triton_activation as activation  # noqa: E402
 from megatron_xmoe.kernels import triton_bypass as bypass  # noqa: E402
 from megatron_xmoe.kernels import triton_grouped_gemm as gemm  # noqa: E402
 from megatron_xmoe.kernels import triton_routes as routes  # noqa: E402
+from megatron_xmoe.kernels import triton_rotary as rotary  # noqa: E402
 from megatron_xmoe.kernels import triton_rows as rows  # noqa: E402
 
 TARGETS = {
@@ -146,6 +147,20 @@ def activation_calls() -> None:
         activation.activate_backward(hidden, weights, grad, kind, gated)
 
 
+def rotary_calls() -> None:
+    """Calls the rotary embedding: all orders of pairs, whole and part of a head, views of a fused projection."""
+    for dtype, (paired, paired_result), (heads, size, rotated) in product(
+        (torch.bfloat16, torch.float32),
+        ((False, False), (True, True), (True, False)),
+        ((16, 128, 128), (1, 64, 64), (20, 96, 50)),
+    ):
+        x = empty(2048, 4, heads, 3 * size, dtype=dtype)[..., :size]
+        for batch, backward in product((1, 4), (False, True)):
+            angles = empty(2048, batch, 1, rotated, dtype=torch.float32)
+            rotary.rotate(x, angles, paired, paired_result, 1.0 if batch == 1 else 1.2, backward)
+    rotary.rotate(x.transpose(2, 3).contiguous().transpose(2, 3), angles, True, False)
+
+
 def gemm_calls() -> None:
     """Calls the experts' matrix products: with sizes for every way of moving tiles."""
     for dtype, features, ffn in ((torch.bfloat16, 2048, 768), (torch.float16, 1001, 99), (torch.float32, 2048, 768)):
@@ -194,11 +209,13 @@ def launches(target: str) -> list[Launch]:
         mock.patch.object(JITFunction, "run", run),
         mock.patch.object(torch.version, "hip", "some version" if is_hip else None),
         mock.patch.object(rows, "warp_size", lambda device: warp),
+        mock.patch.object(rotary, "warp_size", lambda device: warp),
         mock.patch.object(gemm, "has_tma", lambda device: not is_hip),
     ):
         row_calls()
         route_calls()
         activation_calls()
+        rotary_calls()
         gemm_calls()
         bypass_calls()
     return list(recorder.launches)
