@@ -27,5 +27,5 @@ def rotary_embedding(args: argparse.Namespace) -> Rotary:
     (triton,) = (found for found in candidates(device_type) if found.name == "triton")
     reason = "--no-rope-fusion"
     if args.xmoe_rope_fusion:
-        reason = "plain torch is pinned" if triton.usable else f"Triton: {triton.reason}"
+        reason = "plain torch is pinned" if triton.usable else f"no Triton kernel: {triton.reason}"
     return Rotary(False, f"Megatron's unfused function ({reason})")
