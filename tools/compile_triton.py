@@ -31,8 +31,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works without an
 from megatron_xmoe.kernels import triton_activation as activation  # noqa: E402
 from megatron_xmoe.kernels import triton_bypass as bypass  # noqa: E402
 from megatron_xmoe.kernels import triton_grouped_gemm as gemm  # noqa: E402
-from megatron_xmoe.kernels import triton_routes as routes  # noqa: E402
 from megatron_xmoe.kernels import triton_rotary as rotary  # noqa: E402
+from megatron_xmoe.kernels import triton_routes as routes  # noqa: E402
 from megatron_xmoe.kernels import triton_rows as rows  # noqa: E402
 
 TARGETS = {
@@ -148,17 +148,17 @@ def activation_calls() -> None:
 
 
 def rotary_calls() -> None:
-    """Calls the rotary embedding: all orders of pairs, whole and part of a head, views of a fused projection."""
-    for dtype, (paired, paired_result), (heads, size, rotated) in product(
-        (torch.bfloat16, torch.float32),
+    """Calls the rotary embedding: all orders of pairs, whole and part of a head, a view of a fused projection."""
+    for (dtype, heads, size, rotated, scale), (paired, paired_result), backward in product(
+        ((torch.bfloat16, 16, 128, 128, 1.0), (torch.float16, 1, 64, 64, 1.2), (torch.float32, 20, 96, 50, 1.0)),
         ((False, False), (True, True), (True, False)),
-        ((16, 128, 128), (1, 64, 64), (20, 96, 50)),
+        (False, True),
     ):
         x = empty(2048, 4, heads, 3 * size, dtype=dtype)[..., :size]
-        for batch, backward in product((1, 4), (False, True)):
-            angles = empty(2048, batch, 1, rotated, dtype=torch.float32)
-            rotary.rotate(x, angles, paired, paired_result, 1.0 if batch == 1 else 1.2, backward)
-    rotary.rotate(x.transpose(2, 3).contiguous().transpose(2, 3), angles, True, False)
+        angles = empty(2048, 1, 1, rotated, dtype=torch.float32)
+        rotary.rotate(x, angles, paired, paired_result, scale, backward)
+    angles_of_all, spread = empty(2048, 4, 1, rotated, dtype=torch.float32), empty(2048, 4, size, heads, dtype=dtype)
+    rotary.rotate(spread.transpose(2, 3), angles_of_all, True, False)
 
 
 def gemm_calls() -> None:

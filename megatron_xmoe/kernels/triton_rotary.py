@@ -11,8 +11,9 @@ from torch import Tensor
 
 from megatron_xmoe.kernels.triton_common import ceil_div, on, power_of_two, warp_size
 
-TILE = 1024  # pairs of a program: 128 threads with 8 of them, 16 bytes of bf16
+TILE = 1024  # pairs that a program has in hand: 128 threads with 8 of them, 16 bytes of bf16
 THREADS = 128
+HEADS = 2  # at a time: threads with other heads of a row compute the same cosines, which take longer than the memory
 
 
 def rotate(
@@ -50,7 +51,7 @@ def rotate(
 def rotate_tile(heads: int, size: int, rotated: int, warp: int) -> dict[str, int]:
     """Launch parameters of rotate_kernel."""
     pairs = power_of_two(rotated // 2)
-    together = min(power_of_two(heads), max(1, TILE // pairs))
+    together = min(power_of_two(heads), HEADS)
     return {
         "PAIRS": pairs,
         "HEADS": together,

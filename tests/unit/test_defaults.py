@@ -30,7 +30,8 @@ def adjusted(monkeypatch, command: str, on_cpu: bool = False):
 def test_one_addition_is_not_compiled(monkeypatch, command, off):
     args, lines = adjusted(monkeypatch, command)
     assert args.bias_dropout_fusion is not off
-    assert [line.startswith(f"{DROPOUT}  (no biases and no dropout") for line in lines if DROPOUT in line] == [True] * off
+    found = [line for line in lines if line.startswith(f"{DROPOUT}  (no biases and no dropout")]
+    assert len(found) == int(off)
 
 
 def test_an_option_of_the_users_is_not_listed(monkeypatch):

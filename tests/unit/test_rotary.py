@@ -117,8 +117,13 @@ def test_megatrons_attention_gets_it(everywhere, order):
     grad = torch.randn(6, 2, 3, 16)
     leaf = x.detach().clone().requires_grad_()
     found = rope_utils.apply_rotary_pos_emb(
-        leaf, angles, config(rotary_interleaved=interleaved), mscale=1.5, cp_group=object(), mla_rotary_interleaved=latent
-    )  # fmt: skip
+        leaf,
+        angles,
+        config(rotary_interleaved=interleaved),
+        mscale=1.5,
+        cp_group=object(),
+        mla_rotary_interleaved=latent,
+    )
     (gradient,) = torch.autograd.grad(found, leaf, grad)
     assert everywhere == [False, True]
     expected, exact = by_megatron(x, angles, order, 1.5, grad)
