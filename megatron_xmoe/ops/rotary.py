@@ -4,14 +4,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron_xmoe.kernels.registry import triton_is_usable
-
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def fuses(x: Tensor, angles: Tensor) -> bool:
-    """Whether `rotate` takes these tensors: on a GPU where Triton runs, with one angle for all heads of a position."""
-    return x.is_cuda and angles.is_cuda and triton_is_usable("cuda") and _fits(x, angles)
+    """Whether `rotate` takes these tensors, where Triton runs: on a GPU, with the same angles for all heads."""
+    return x.is_cuda and angles.is_cuda and _fits(x, angles)
 
 
 def _fits(x: Tensor, angles: Tensor) -> bool:

@@ -12,7 +12,7 @@ from megatron_xmoe.platform.patching import Replacement, apply
 
 
 def install() -> list[Replacement]:
-    """Make Megatron rotate by one kernel a tensor, wherever that can run; a second call changes nothing.
+    """Make Megatron rotate by one kernel a tensor on the GPU; a second call changes nothing. Where Triton runs only.
 
     Raises:
         RuntimeError: the installed version has no such function.
