@@ -5,7 +5,8 @@ that are read once they have happened. Ranks exchange their sums when Megatron l
 """
 
 import math
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -134,6 +135,16 @@ def record_traffic(layer_number: int | None, traffic: Traffic) -> None:
         tracker.add_traffic(layer_number, traffic)
 
 
+def record_traffic_later(layer_number: int | None, counts: Tensor, traffic: Callable[[Tensor], Traffic]) -> None:
+    """`record_traffic` where the host does not know the numbers yet, and does not wait for them.
+
+    Args: counts on the device, which are not written to any more; what they mean, given them on the CPU.
+    """
+    tracker = recording_tracker()
+    if tracker is not None and layer_number is not None:
+        tracker.add_traffic_later(layer_number, counts, traffic)
+
+
 def count_routes(layer_number: int | None, routing_map: Tensor) -> None:
     """Count the routes of each expert in a micro-batch, [T, E] bool, before any is dropped, if they are wanted."""
     tracker = recording_tracker()
@@ -160,6 +171,7 @@ class XMoETracker(MoEMetricsTracker):
         self.num_layers, self.num_experts = num_layers, num_experts
         self._clock = StageClock(STAGES if breakdown else EXCHANGES)
         self._memory = MemoryProbe()
+        self._later: deque = deque()
         self._first_iteration: int | None = None
         self._reset()
 
@@ -182,6 +194,18 @@ class XMoETracker(MoEMetricsTracker):
         for i, value in enumerate(values):
             row[i] += value
 
+    def add_traffic_later(self, layer_number: int, counts: Tensor, traffic: Callable[[Tensor], Traffic]) -> None:
+        """Add what follows from counts that the device has not computed yet."""
+        on_host = counts.to("cpu", non_blocking=True)
+        there = torch.cuda.Event()
+        there.record()
+        self._later.append((there, layer_number, on_host, traffic))
+
+    def _add_what_arrived(self) -> None:
+        while self._later and self._later[0][0].query():
+            _, layer_number, counts, traffic = self._later.popleft()
+            self.add_traffic(layer_number, traffic(counts))
+
     def stage_begins(self, layer_number: int, stage: str) -> None:
         """A stage of a layer's forward pass begins."""
         self._memory.begin(layer_number, stage)
@@ -199,6 +223,7 @@ class XMoETracker(MoEMetricsTracker):
         )
         if self._first_iteration is None:
             self._first_iteration = iteration
+        self._add_what_arrived()
         if iteration % self.log_interval == 0:
             text += self._log(iteration, writer, wandb_writer)
             self._first_iteration = iteration + 1
@@ -234,6 +259,7 @@ class XMoETracker(MoEMetricsTracker):
     def _reduce(self) -> tuple[ndarray, dict[str, ndarray], dict[str, ndarray]]:
         """Since the last report, over all ranks: loads [L, E], SUMS by name [L], and extremes of ranks [L + 1]."""
         spent, layers = self._clock.read(), range(1, self.num_layers + 1)
+        self._add_what_arrived()  # all of it: reading the clock has waited for the device
         times = [[spent.get((layer, stage), 0.0) for stage in STAGES] for layer in layers]
         mine = np.concatenate([np.array(part, dtype=np.float64) for part in (self._traffic, times)], axis=1)
         device = self._loads.device
