@@ -1,11 +1,14 @@
 """What is set for the user around the experts: bias-dropout-add and rotary embedding."""
 
+from types import SimpleNamespace
+
 import pytest
 
 from megatron_xmoe.kernels import registry
+from megatron_xmoe.training import setup
 from megatron_xmoe.training.arguments import parse
 from megatron_xmoe.training.defaults import adjust
-from megatron_xmoe.training.rotary import rotary_embedding
+from megatron_xmoe.training.rotary import Rotary, rotary_embedding
 
 DROPOUT = "--no-bias-dropout-fusion"
 
@@ -61,3 +64,15 @@ def test_which_rotary_embedding_is_used(monkeypatch, command, usable, pinned, ou
 def test_a_model_without_rotation_has_no_line(monkeypatch):
     args, _ = adjusted(monkeypatch, "--position-embedding-type learned_absolute")
     assert rotary_embedding(args) == (False, "")
+
+
+@pytest.mark.parametrize("ours", [True, False])
+def test_the_kernel_is_put_in_place_where_it_was_chosen(monkeypatch, ours):
+    installed = []
+    args, _ = adjusted(monkeypatch, "--position-embedding-type rope")
+    monkeypatch.setattr(setup, "get_args", lambda: args)
+    monkeypatch.setattr(setup, "apply_moe_backend", lambda *arguments: None)
+    monkeypatch.setattr(setup, "rotary_embedding", lambda args: Rotary(ours, ""))
+    monkeypatch.setattr(setup.rotary, "install", lambda: installed.append("rotary"))
+    setup.use_backend(SimpleNamespace(transformer_layer_spec=None, post_wrap_hooks=[]), [], 0, 0)
+    assert installed == ["rotary"] * ours
