@@ -5,14 +5,16 @@ from functools import partial
 
 import torch
 import torch.distributed as dist
+from numpy import ndarray
 from torch import Tensor
 
 from megatron_xmoe.dispatch.base import PaddingFreeDispatcher
 from megatron_xmoe.dispatch.exchange import exchange_rows
 from megatron_xmoe.dispatch.state import AllToAllState
-from megatron_xmoe.metrics import Traffic, flat_traffic, record_traffic, record_traffic_later, recording
+from megatron_xmoe.metrics import record_traffic, record_traffic_later, recording
 from megatron_xmoe.ops import Routes, RowsSource, gather_rows, gather_sum
 from megatron_xmoe.profiling import profiled
+from megatron_xmoe.traffic import Traffic, flat_traffic
 
 
 @profiled(
@@ -52,7 +54,8 @@ class AllToAllDispatcher(PaddingFreeDispatcher):
         sent, received = self._exchange_counts(routes.tokens_per_expert)
         num_rows = int(sent.sum())
         if recording():
-            record_traffic(self.layer_number, self._traffic(sent, *_sizes(hidden_states, probs)))
+            to_experts = sent.numpy()
+            record_traffic(self.layer_number, self._traffic(to_experts, *_sizes(hidden_states, probs)), to_experts)
         self.state = AllToAllState(
             hidden_shape=hidden_states.shape,
             inverse=routes.inverse,
@@ -73,7 +76,7 @@ class AllToAllDispatcher(PaddingFreeDispatcher):
         weights, counts = routes.combine_weights, routes.tokens_per_expert
         if recording():
             sizes = dict(zip(("tokens", "row_bytes", "weight_bytes"), _sizes(hidden_states, weights), strict=True))
-            record_traffic_later(self.layer_number, counts.view(1, -1), partial(self._traffic, **sizes))
+            record_traffic_later(self.layer_number, counts, partial(self._traffic, **sizes))
         self.state = AllToAllState(
             hidden_shape=hidden_states.shape,
             inverse=routes.inverse,
@@ -137,18 +140,18 @@ class AllToAllDispatcher(PaddingFreeDispatcher):
             rows, output_splits, input_splits, self.ep_group, self.guard, own_stream=self.use_nccl_stream
         )
 
-    def _traffic(self, sent: Tensor, tokens: int, row_bytes: int, weight_bytes: int) -> Traffic:
+    def _traffic(self, sent: ndarray, tokens: int, row_bytes: int, weight_bytes: int) -> Traffic:
         """What a pass sends: rows, a weight with each, and each rank's counts.
 
-        Args: sent [G, E / G] on the CPU, routes of each expert; number of tokens; bytes of a row and of a weight.
+        Args: sent [G, E / G] or [E], routes of each expert; number of tokens; bytes of a row and of a weight.
         """
         return flat_traffic(
-            sent.sum(dim=1).tolist(),
+            sent.reshape(self.ep_size, -1).sum(axis=1).tolist(),
             rank=self.ep_rank,
             node_of_rank=self.topology.node_of,
             row_bytes=row_bytes,
             bytes_per_route=weight_bytes,
-            bytes_per_rank=self.num_local_experts * sent.element_size(),
+            bytes_per_rank=self.num_local_experts * sent.itemsize,
             padded_rows=self.padded_rows(sent, tokens),
         )
 

@@ -16,12 +16,13 @@ from megatron_xmoe.dispatch.bypass_plan import Plan
 from megatron_xmoe.dispatch.layout import Counts
 from megatron_xmoe.dispatch.pilots import PilotRule, Places, choose_copies, most_routes, salt_of
 from megatron_xmoe.dispatch.state import BypassState
-from megatron_xmoe.metrics import Traffic, record_traffic, recording
+from megatron_xmoe.metrics import record_traffic, recording
 from megatron_xmoe.ops import Routes
 from megatron_xmoe.ops.bypass import Numbered
 from megatron_xmoe.ops.raw_bits import wire_dtype
 from megatron_xmoe.parallel_state import NodeTopology
 from megatron_xmoe.profiling import profiled
+from megatron_xmoe.traffic import Traffic
 
 LARGEST_WORD = 2**31 - 1
 
@@ -92,7 +93,7 @@ class RedundancyBypassDispatcher(PaddingFreeDispatcher):
         *told, everywhere = self._exchange_counts(routes, copies)
         counts = self._counts(*told, tokens, probs.dtype)
         if recording():
-            record_traffic(self.layer_number, self._traffic(counts))
+            record_traffic(self.layer_number, self._traffic(counts), counts.routes[0])
         plan = Plan(
             counts=counts,
             places=self.places,
@@ -194,7 +195,7 @@ class RedundancyBypassDispatcher(PaddingFreeDispatcher):
             row_bytes=counts.row_bytes,
             inter_metadata=int(metadata[remote].sum()),
             intra_metadata=int(metadata[~remote & other].sum()),
-            padded_rows=self.padded_rows(torch.from_numpy(counts.routes[0]), counts.tokens),
+            padded_rows=self.padded_rows(counts.routes[0], counts.tokens),
         )
 
     def _check_size(self, tokens: int, topk: int) -> None:
