@@ -122,8 +122,18 @@ def triton_is_usable(device_type: str, part: str = "") -> bool:
 
     Args: part, its name if it may be in ONLY_PINNED.
     """
-    wanted = _pinned() == "triton" if part in ONLY_PINNED else _pinned() != "reference"
-    return wanted and _candidate("triton", device_type).usable
+    return not why_not_triton(device_type, part)
+
+
+def why_not_triton(device_type: str, part: str = "", pinned: str = "auto") -> str:
+    """The reason why `triton_is_usable` says no, or ''. Args: pinned, a backend that is about to be pinned."""
+    pinned = pinned if pinned != "auto" else _pinned()
+    if pinned == "reference":
+        return "plain torch is asked for (--xmoe-kernels reference)"
+    if part in ONLY_PINNED and pinned != "triton":
+        return f"{part}: {ONLY_PINNED[part]}"
+    found = _candidate("triton", device_type)
+    return "" if found.usable else found.reason
 
 
 def implementation(name: str, operation: str) -> Callable:

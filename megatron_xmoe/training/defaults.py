@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from megatron.core.transformer.enums import AttnBackend
 
 from megatron_xmoe import _optional
+from megatron_xmoe.router import why_not_fused
+from megatron_xmoe.training.arguments import xmoe_config_from_args
 from megatron_xmoe.training.errors import UsageError
 
 EVAL_INTERVAL = 1000
@@ -120,6 +122,14 @@ def _on_gpu(changes: Adjustments) -> None:
     if args.tensor_model_parallel_size > 1 and not (args.use_torch_fsdp2 or args.use_megatron_fsdp):
         connections = os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
         changes.lines.append(f"CUDA_DEVICE_MAX_CONNECTIONS={connections}  (tensor parallelism needs 1)")
+    fuses = args.num_experts and args.moe_backend == "xmoe"
+    if fuses and not why_not_fused(args, args.num_experts, xmoe_config_from_args(args)):
+        changes.set(
+            "moe_router_fusion",
+            True,
+            "--moe-router-fusion",
+            "X-MoE's kernels; the host takes longer to launch Megatron's many small ones than the GPU to run them",
+        )
 
 
 def _for_experts(changes: Adjustments) -> None:

@@ -54,5 +54,5 @@ def test_only_a_pin_takes_them(monkeypatch):
         assert registry.triton_is_usable("cuda", "bypass") == usual
         monkeypatch.setattr(registry, "ONLY_PINNED", {"bypass": "not measured"})
     monkeypatch.setenv(registry.ENVIRONMENT, "triton")
-    monkeypatch.setattr(registry, "_candidate", lambda name, device: registry.Candidate(name, False, ""))
+    monkeypatch.setattr(registry, "_candidate", lambda name, device: registry.Candidate(name, False, "why"))
     assert not registry.triton_is_usable("cuda", "bypass")
