@@ -274,14 +274,16 @@ def test_triton_needs_a_c_compiler_and_headers(monkeypatch, tmp_path):
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
     assert not _optional.triton().usable and "C compiler" in _optional.triton().reason
-    assert not registry.triton_is_usable("cuda")
+    assert not registry._triton_runs.__wrapped__("cuda")
     compiler = tmp_path / "gcc"
     compiler.write_text("")
     compiler.chmod(0o755)
     monkeypatch.setattr(_optional.sysconfig, "get_path", lambda name: str(tmp_path))
     assert not _optional.triton().usable and "Python.h" in _optional.triton().reason
     (tmp_path / "Python.h").write_text("")
-    assert _optional.triton().usable and registry.triton_is_usable("cuda")
+    assert _optional.triton().usable and registry._triton_runs.__wrapped__("cuda")
+    monkeypatch.setattr(registry, "_triton_runs", lambda device: True)
+    assert registry.triton_is_usable("cuda")
     monkeypatch.setenv("XMOE_KERNELS", "reference")
     assert not registry.triton_is_usable("cuda")
 
