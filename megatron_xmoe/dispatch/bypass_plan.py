@@ -85,11 +85,10 @@ class Plan:
 
     def _on_device(self, arrays: dict[str, ndarray]) -> dict[str, Tensor]:
         """The arrays, int64, in one transfer, which the host does not wait for."""
-        device = self.bins.device
-        sizes = [array.size for array in arrays.values()]
-        flat = torch.empty(sum(sizes), dtype=torch.int64, pin_memory=device.type == "cuda")
-        np.concatenate([array.ravel() for array in arrays.values()], out=flat.numpy())
-        parts = flat.to(device, non_blocking=True).split(sizes)
+        flat = torch.from_numpy(np.concatenate([array.ravel() for array in arrays.values()]))
+        if self.bins.is_cuda:  # many tables of other memory would wait for their turn on the device
+            flat = flat.pin_memory().to(self.bins.device, non_blocking=True)
+        parts = flat.split([array.size for array in arrays.values()])
         return {name: part.view(array.shape) for (name, array), part in zip(arrays.items(), parts, strict=True)}
 
 
