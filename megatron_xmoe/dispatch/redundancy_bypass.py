@@ -165,10 +165,13 @@ class RedundancyBypassDispatcher(PaddingFreeDispatcher):
         """On the host: `told` [2, G, 2R + L] of `Numbered`, now with what each rank tells this one; and the routes
         [ETP, G, L] that its `sources` are told of, whose R can be others."""
         dist.all_to_all_single(told[1], told[0], group=self.ep_group)
-        everywhere = self.of_tensor_ranks(told[1, :, -self.num_local_experts :])
-        flat = torch.cat([told.flatten(), everywhere.flatten()]).cpu()  # the one host synchronisation of a pass
-        on_host, everywhere_on_host = flat.split([told.numel(), everywhere.numel()])
-        return on_host.view(told.shape).numpy(), everywhere_on_host.view(everywhere.shape)
+        size, of_routes = told.numel(), (slice(None), slice(-self.num_local_experts, None))
+        if self.sources == 1:
+            on_host = told.cpu()  # the one host synchronisation of a pass
+            return on_host.numpy(), self.of_tensor_ranks(on_host[1][of_routes])
+        everywhere = self.of_tensor_ranks(told[1][of_routes])
+        on_host = torch.cat([told.flatten(), everywhere.flatten()]).cpu()  # the same
+        return on_host[:size].view(told.shape).numpy(), on_host[size:].view(everywhere.shape)
 
     def _traffic(self, counts: Counts) -> Traffic:
         remote = counts.places.remote
