@@ -126,7 +126,7 @@ class XMoEGroupedMLP(MegatronModule):
 
         Args:
             permuted_local_hidden_states: rows [M, H], expert-major; or where to take them from.
-            tokens_per_expert: [E] int64 on the CPU; sums to M.
+            tokens_per_expert: [E] int64, on the CPU or the rows' device; sums to at most M.
             permuted_probs: routing weights [M].
 
         Returns:
@@ -140,13 +140,17 @@ class XMoEGroupedMLP(MegatronModule):
             source = RowsSource((probs.unsqueeze(-1) * rows).to(rows.dtype))
             probs = torch.ones_like(probs)
         (weight1, bias1), (weight2, bias2) = self.linear_fc1(), self.linear_fc2()
+        groups = Groups.of(tokens_per_expert, probs.device)
+        gemm = backend_for(self.xmoe.xmoe_grouped_gemm, source.tensor, (self.config.hidden_size, self.ffn))
+        if gemm.needs_sizes or bias1 is not None:
+            _ = groups.sizes  # the host waits for them now, if at all, and not in the backward pass
         output = grouped_mlp(
             source,
             probs,
             ExpertWeights(weight1, weight2, bias1, bias2),
-            Groups.of(tokens_per_expert, probs.device),
+            groups,
             self.activation,
-            backend_for(self.xmoe.xmoe_grouped_gemm, source.tensor, (self.config.hidden_size, self.ffn)),
+            gemm,
             self.xmoe.xmoe_recompute_activation,
             self.into_main_grad,
         )

@@ -19,6 +19,9 @@ SUMS = (*TRAFFIC_SUMS, *STAGES)
 PAPERS_NAMES = ("gate", "dispatch buffer", "all-to-all", "experts", "all-to-all", "combine")
 """What the paper's table calls the STAGES."""
 
+RANK_BITS = 24
+ABSENT = -(2**62)
+
 
 def figures_of_layers(loads: ndarray, sums: dict[str, ndarray]) -> dict[str, ndarray]:
     """Figures [L] of L layers by name; NaN where there is nothing to divide by.
@@ -45,16 +48,45 @@ def figures_of_layers(loads: ndarray, sums: dict[str, ndarray]) -> dict[str, nda
     }
 
 
-def overall_figures(loads: ndarray, sums: dict[str, ndarray]) -> dict[str, float]:
-    """One figure of each kind for all layers: of their sums, but balance is the mean over layers."""
-    of_layers = figures_of_layers(loads, sums)
-    summed = {name: values.sum(keepdims=True) for name, values in sums.items()}
-    overall = {name: float(of[0]) for name, of in figures_of_layers(loads.sum(axis=0, keepdims=True), summed).items()}
+def figures_of_model(loads: ndarray, sums: dict[str, ndarray]) -> tuple[dict[str, ndarray], dict[str, float]]:
+    """`figures_of_layers`, and one figure of each kind for all layers: of their sums, but balance is their mean."""
+    columns = np.stack([*sums.values()])
+    columns = np.concatenate([columns, columns.sum(axis=1, keepdims=True)], axis=1)
+    with_total = np.concatenate([loads, loads.sum(axis=0, keepdims=True)])
+    of_both = figures_of_layers(with_total, dict(zip(sums, columns, strict=True)))
+    of_layers = {name: values[:-1] for name, values in of_both.items()}
+    overall = {name: float(values[-1]) for name, values in of_both.items()}
     with_routes = loads.any(axis=1)
     for name in ("load-max", "load-entropy", "idle-experts"):
         overall[name] = float(of_layers[name][with_routes].mean()) if with_routes.any() else math.nan
     worst = int(np.where(with_routes, of_layers["load-max"], -1).argmax())
-    return overall | {"load-max-of-worst-layer": float(of_layers["load-max"][worst]), "worst-layer": float(worst + 1)}
+    overall |= {"load-max-of-worst-layer": float(of_layers["load-max"][worst]), "worst-layer": float(worst + 1)}
+    return of_layers, overall
+
+
+def extremes_of_rank(mine: dict[str, ndarray], memory: list[int], rank: int) -> ndarray:
+    """[L + 1, 3] int64, to be maximised over ranks: all-to-all time a pass, its negative, bytes of memory.
+
+    The last row is for all layers. Times are in ns and carry the rank in their low bits.
+
+    Args: SUMS of this rank by name, [L]; bytes of each layer; the rank.
+    """
+    exchanges, passes = sum(mine[stage] for stage in EXCHANGES), mine["passes"]
+    exchanges, passes = (np.append(x, x.sum()) for x in (exchanges, passes))
+    nanoseconds = np.rint(exchanges / np.maximum(passes, 1) * 1e6).astype(np.int64)
+    ranked = (np.where(exchanges > 0, (x << RANK_BITS) + rank, ABSENT) for x in (nanoseconds, -nanoseconds))
+    return np.stack([*ranked, [*memory, max(memory)]], axis=1)
+
+
+def named_extremes(extremes: ndarray) -> dict[str, ndarray]:
+    """Figures [L + 1] by name from the maxima, NaN where no rank had any; the last element is for all layers."""
+    named = {}
+    for name, sign, column in (("slowest", 1, extremes[:, 0]), ("fastest", -1, extremes[:, 1])):
+        there = column != ABSENT
+        named[f"alltoall-{name}-ms"] = np.where(there, sign * (column >> RANK_BITS) / 1e6, math.nan)
+        named[f"alltoall-{name}-rank"] = np.where(there, column % 2**RANK_BITS, math.nan)
+    memory = extremes[:, 2]
+    return named | {"memory-MiB": np.where(memory > 0, memory / MIB, math.nan)}
 
 
 def relative_loads(loads: ndarray) -> ndarray:

@@ -135,12 +135,13 @@ class XMoELayer(MoELayer):
         return self.postprocess(self.combine(output), shared_expert_output), bias
 
     def route(self, hidden_states: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Megatron's routing of this rank's tokens; also counts each expert's routes where that was asked for.
+        """Megatron's routing of this rank's tokens. Where routes will be dropped, metrics may count them here.
 
         Args: hidden_states [S, B, H]; padding_mask [S, B] bool. Returns probs [T, E] and routing_map [T, E] bool.
         """
         probs, routing_map = self.sequence.route(self._route, self.router, hidden_states, padding_mask)
-        count_routes(self._number_in_model, routing_map)
+        if self.config.moe_expert_capacity_factor is not None:
+            count_routes(self._number_in_model, routing_map)
         return probs, routing_map
 
     def _route(self, hidden_states: Tensor, padding_mask: Tensor | None) -> tuple[Tensor, Tensor]:

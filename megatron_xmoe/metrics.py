@@ -1,12 +1,12 @@
 """Figures about X-MoE's layers in Megatron's loggers: load of the experts, traffic, padding, times, memory.
 
-Recording costs no synchronisation: counts stay on the device, traffic is what the host knows anyway, times are events
-that are read once they have happened. Ranks exchange their sums when Megatron logs.
+Recording costs no synchronisation and next to no time: load and traffic are what the host knows anyway, or counts that
+stay on the device, times are events, and both are read at a report. Ranks exchange their sums when Megatron logs.
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
@@ -16,102 +16,15 @@ from numpy import ndarray
 from torch import Tensor
 
 from megatron_xmoe import figures
-from megatron_xmoe.figures import MIB, SUMS, TRAFFIC_SUMS
-from megatron_xmoe.profiling import EXCHANGES, STAGES, MemoryProbe, StageClock, recording_tracker
+from megatron_xmoe.figures import SUMS, TRAFFIC_SUMS
+from megatron_xmoe.profiling import ALL_STAGES, EXCHANGES, STAGES, MemoryProbe, StageClock, recording_tracker
+from megatron_xmoe.traffic import Traffic
 
-MEMORY_INTERVAL = 10
+MEMORY_INTERVAL = 50
 """Iterations from one look at the allocator to the next."""
 
-_RANK_BITS = 24
-_ABSENT = -(2**62)
-
-
-@dataclass(frozen=True)
-class Traffic:
-    """What one forward pass of a layer sends for this rank's tokens; plain ints that the host knows anyway.
-
-    A dispatcher fills it in after its one host synchronisation, from the split sizes. A row is the hidden state of a
-    token. The combine sends as many rows back, and the backward pass moves the same rows again.
-    """
-
-    routes: int
-    """Routes of this rank's tokens that were not dropped."""
-
-    routes_remote: int
-    """Those of them whose expert is on another node."""
-
-    inter_rows: int
-    """Rows sent to other nodes: `routes_remote` without redundancy bypassing, (token, node) pairs with it."""
-
-    intra_rows: int
-    """Rows sent to other ranks of the same node, those that come from another node and are passed on included."""
-
-    row_bytes: int
-    """Bytes of one row."""
-
-    inter_metadata: int
-    """Bytes sent to other nodes besides rows, in one forward pass: routing weights, counts, indices."""
-
-    intra_metadata: int
-    """The same, to other ranks of the same node."""
-
-    padded_rows: int
-    """Rows of a buffer [E, C] that pads each expert to the capacity, or without one to the largest expert's routes."""
-
-    @property
-    def redundancy(self) -> float:
-        """Share of the routes to other nodes that need no row of their own; NaN where no route leaves the node."""
-        return 1 - self.inter_rows / self.routes_remote if self.routes_remote else math.nan
-
-    @property
-    def inter_bytes(self) -> int:
-        """Bytes to other nodes, dispatch and combine."""
-        return 2 * self.inter_rows * self.row_bytes + self.inter_metadata
-
-    @property
-    def intra_bytes(self) -> int:
-        """Bytes to other ranks of the node, dispatch and combine."""
-        return 2 * self.intra_rows * self.row_bytes + self.intra_metadata
-
-    @property
-    def padding_rows(self) -> int:
-        """Rows of the padded buffer that would be padding."""
-        return self.padded_rows - self.routes
-
-
-def flat_traffic(
-    sent: Sequence[int],
-    rank: int,
-    node_of_rank: Sequence[int],
-    row_bytes: int,
-    bytes_per_route: int,
-    bytes_per_rank: int,
-    padded_rows: int,
-) -> Traffic:
-    """Traffic of a plain exchange, in which every route sends a row of its own.
-
-    Args:
-        sent: rows for each of the G ranks of the expert-parallel group.
-        rank: this one in the group.
-        node_of_rank: node of each of the G ranks, any labels.
-        row_bytes: bytes of a row.
-        bytes_per_route: metadata that goes with each row.
-        bytes_per_rank: metadata that goes to each other rank.
-        padded_rows: of the buffer [E, C].
-    """
-    own = node_of_rank[rank]
-    inter = [rows for rows, node in zip(sent, node_of_rank, strict=True) if node != own]
-    intra = [rows for i, (rows, node) in enumerate(zip(sent, node_of_rank, strict=True)) if node == own and i != rank]
-    return Traffic(
-        routes=sum(sent),
-        routes_remote=sum(inter),
-        inter_rows=sum(inter),
-        intra_rows=sum(intra),
-        row_bytes=row_bytes,
-        inter_metadata=bytes_per_route * sum(inter) + bytes_per_rank * len(inter),
-        intra_metadata=bytes_per_route * sum(intra) + bytes_per_rank * len(intra),
-        padded_rows=padded_rows,
-    )
+MOST_WAITING = 256
+"""Counts that wait on the device until they are sent to the host together."""
 
 
 def recording() -> bool:
@@ -123,22 +36,73 @@ def recording() -> bool:
     return recording_tracker() is not None
 
 
-def record_traffic(layer_number: int | None, traffic: Traffic) -> None:
+def record_traffic(layer_number: int | None, traffic: Traffic, sent: ndarray) -> None:
     """Add a pass of a layer to the figures, if they are wanted. Does no work on the device.
 
-    Args: the layer's number from 1 (layers of multi-token prediction come after the others), None outside of a model;
-        what was sent.
+    Args:
+        layer_number: from 1 (layers of multi-token prediction come after the others), None outside of a model.
+        traffic: what was sent.
+        sent: int64, this rank's routes of each of the E experts that were not dropped; any shape.
     """
     tracker = recording_tracker()
     if tracker is not None and layer_number is not None:
-        tracker.add_traffic(layer_number, traffic)
+        tracker.add_traffic(layer_number, traffic, sent)
+
+
+def record_traffic_later(layer_number: int | None, sent: Tensor, traffic: Callable[[ndarray], Traffic]) -> None:
+    """`record_traffic` where the host does not know the numbers yet, and does not wait for them.
+
+    Args: sent, [E] int64 on the device, which is not written to any more; what was sent, given the same on the host.
+    """
+    tracker = recording_tracker()
+    if tracker is not None and layer_number is not None:
+        tracker.add_traffic_later(layer_number, sent, traffic)
 
 
 def count_routes(layer_number: int | None, routing_map: Tensor) -> None:
-    """Count the routes of each expert in a micro-batch, [T, E] bool, before any is dropped, if they are wanted."""
+    """Count the routes of each expert in a micro-batch, [T, E] bool, before any is dropped, if they are wanted.
+
+    Only for layers that drop, which all of a model do or none: of others `record_traffic` says as much.
+    """
     tracker = recording_tracker()
     if tracker is not None and layer_number is not None:
         tracker.count(layer_number, routing_map)
+
+
+class LateCounts:
+    """Counts that the device computes, for the host, which does not wait for them until it has to."""
+
+    def __init__(self) -> None:
+        self._waiting: list[tuple[Tensor, Callable[[ndarray], None]]] = []
+        self._arriving: tuple[torch.cuda.Event, Tensor, list[Callable[[ndarray], None]]] | None = None
+
+    def add(self, counts: Tensor, use: Callable[[ndarray], None]) -> None:
+        """Have `use` called with the counts, [E] int64 on the device, by `read` or many calls later."""
+        self._waiting.append((counts, use))
+        if len(self._waiting) == MOST_WAITING:
+            self._send()
+
+    def read(self) -> None:
+        """Use all. Waits for the device."""
+        if self._waiting:
+            self._send()
+        self._use_arriving()
+
+    def _send(self) -> None:
+        self._use_arriving()  # as many passes ago, so it is there
+        counts, uses = zip(*self._waiting, strict=True)
+        on_host, there = torch.stack(counts).to("cpu", non_blocking=True), torch.cuda.Event()
+        there.record()
+        self._arriving = there, on_host, uses
+        self._waiting.clear()
+
+    def _use_arriving(self) -> None:
+        if self._arriving is not None:
+            there, on_host, uses = self._arriving
+            there.synchronize()
+            for counts, use in zip(on_host.numpy(), uses, strict=True):
+                use(counts)
+            self._arriving = None
 
 
 class XMoETracker(MoEMetricsTracker):
@@ -158,22 +122,34 @@ class XMoETracker(MoEMetricsTracker):
         super().__init__()
         self.log_interval, self.level, self.breakdown = log_interval, level, breakdown
         self.num_layers, self.num_experts = num_layers, num_experts
+        self._layers = range(1, num_layers + 1)
         self._clock = StageClock(STAGES if breakdown else EXCHANGES)
         self._memory = MemoryProbe()
         self._first_iteration: int | None = None
+        self._device = torch.cuda.current_device()
+        self._late = LateCounts()
         self._reset()
 
     def _reset(self) -> None:
-        shape = (self.num_layers, self.num_experts)
-        self._loads = torch.zeros(shape, dtype=torch.int64, device=torch.cuda.current_device())
+        shape = self.num_layers, self.num_experts
+        self._routed, self._sent = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64)
         self._traffic = [[0] * len(TRAFFIC_SUMS) for _ in range(self.num_layers)]
+
+    @property
+    def watched_stages(self) -> frozenset[str]:
+        """Stages that this wants to hear of."""
+        return ALL_STAGES if self._memory.armed else self._clock.stages
 
     def count(self, layer_number: int, routing_map: Tensor) -> None:
         """Add the routes of one micro-batch: layer_number from 1; routing_map [T, E] bool."""
-        self._loads[layer_number - 1] += routing_map.sum(dim=0)
+        self._late.add(routing_map.sum(dim=0), partial(self._add_routed, layer_number))
 
-    def add_traffic(self, layer_number: int, traffic: Traffic) -> None:
-        """Add what one pass of a layer (numbered from 1) sent."""
+    def _add_routed(self, layer_number: int, counts: ndarray) -> None:
+        self._routed[layer_number - 1] += counts
+
+    def add_traffic(self, layer_number: int, traffic: Traffic, sent: ndarray) -> None:
+        """Add what one pass of a layer (numbered from 1) sent: in all, and to each of the E experts."""
+        self._sent[layer_number - 1] += sent.reshape(-1)
         values = (
             *(1, traffic.routes, traffic.routes_remote, traffic.inter_rows, traffic.inter_bytes, traffic.intra_bytes),
             *(traffic.padding_rows, traffic.padding_rows * traffic.row_bytes),
@@ -181,6 +157,10 @@ class XMoETracker(MoEMetricsTracker):
         row = self._traffic[layer_number - 1]
         for i, value in enumerate(values):
             row[i] += value
+
+    def add_traffic_later(self, layer_number: int, sent: Tensor, traffic: Callable[[ndarray], Traffic]) -> None:
+        """`add_traffic` once [E] `sent` is on the host."""
+        self._late.add(sent, lambda counts: self.add_traffic(layer_number, traffic(counts), counts))
 
     def stage_begins(self, layer_number: int, stage: str) -> None:
         """A stage of a layer's forward pass begins."""
@@ -197,29 +177,30 @@ class XMoETracker(MoEMetricsTracker):
         text = super().report(
             loss_scale=loss_scale, iteration=iteration, writer=writer, wandb_writer=wandb_writer, **options
         )
-        if self._first_iteration is None:
+        is_first = self._first_iteration is None
+        if is_first:
             self._first_iteration = iteration
         if iteration % self.log_interval == 0:
             text += self._log(iteration, writer, wandb_writer)
             self._first_iteration = iteration + 1
-        if iteration % MEMORY_INTERVAL == 1:
-            self._memory.arm()
+        self._memory.arm(is_first or iteration % MEMORY_INTERVAL == 1)
         return text
 
     def _log(self, iteration: int, writer, wandb_writer) -> str:
         """Sum over ranks; on the last one, whose loggers Megatron uses, write the figures and return the text."""
-        loads, sums, extremes = self._reduce()
-        if dist.get_rank() != dist.get_world_size() - 1:
+        reduced = self._reduce()
+        if reduced is None:
             return ""
-        overall = figures.overall_figures(loads, sums) | {name: float(of[-1]) for name, of in extremes.items()}
+        loads, sums, extremes = reduced
+        of_layers, overall = figures.figures_of_model(loads, sums)
+        overall |= {name: float(of[-1]) for name, of in extremes.items()}
         scalars, text = {}, ""
         if self.level != "off":
             scalars |= {f"xmoe/{name}": value for name, value in overall.items()}
             text = figures.console_text(overall)
         if self.level == "layers":
-            of_layers = figures.figures_of_layers(loads, sums) | {name: of[:-1] for name, of in extremes.items()}
-            for name, values in of_layers.items():
-                tags = (f"xmoe-{name}/layer-{number:03d}" for number in range(1, self.num_layers + 1))
+            for name, values in (of_layers | {name: of[:-1] for name, of in extremes.items()}).items():
+                tags = (f"xmoe-{name}/layer-{number:03d}" for number in self._layers)
                 scalars |= dict(zip(tags, values.tolist(), strict=True))
             if writer is not None:
                 heat = torch.from_numpy(figures.relative_loads(loads).astype(np.float32))
@@ -231,48 +212,44 @@ class XMoETracker(MoEMetricsTracker):
         _write({tag: value for tag, value in scalars.items() if not math.isnan(value)}, iteration, writer, wandb_writer)
         return text
 
-    def _reduce(self) -> tuple[ndarray, dict[str, ndarray], dict[str, ndarray]]:
-        """Since the last report, over all ranks: loads [L, E], SUMS by name [L], and extremes of ranks [L + 1]."""
-        spent, layers = self._clock.read(), range(1, self.num_layers + 1)
-        times = [[spent.get((layer, stage), 0.0) for stage in STAGES] for layer in layers]
-        mine = np.concatenate([np.array(part, dtype=np.float64) for part in (self._traffic, times)], axis=1)
-        device = self._loads.device
-        sums = torch.cat([self._loads.double(), torch.from_numpy(mine).to(device)], dim=1)
-        extremes = torch.from_numpy(self._extremes(dict(zip(SUMS, mine.T, strict=True)))).to(device)
-        dist.all_reduce(sums)
-        dist.all_reduce(extremes, op=dist.ReduceOp.MAX)
-        self._reset()
-        loads, columns = np.split(sums.cpu().numpy(), [self.num_experts], axis=1)
-        return loads, dict(zip(SUMS, columns.T, strict=True)), _named_extremes(extremes.cpu().numpy())
+    def _reduce(self) -> tuple[ndarray, dict[str, ndarray], dict[str, ndarray]] | None:
+        """Since the last report, over all ranks: loads [L, E], SUMS by name [L], and extremes of ranks [L + 1].
 
-    def _extremes(self, mine: dict[str, ndarray]) -> ndarray:
-        """[L + 1, 3] int64, to be maximised over ranks: all-to-all time a pass, its negative, bytes of memory.
-
-        The last row is for all layers. Times are in ns and carry the rank in their low bits.
+        For the last rank; None on others, which do not wait for the result.
         """
-        exchanges, passes = sum(mine[stage] for stage in EXCHANGES), mine["passes"]
-        exchanges, passes = (np.append(x, x.sum()) for x in (exchanges, passes))
-        nanoseconds = np.rint(exchanges / np.maximum(passes, 1) * 1e6).astype(np.int64)
-        memory = [self._memory.peaks.get(layer, 0) for layer in range(1, self.num_layers + 1)]
-        ranked = (
-            np.where(exchanges > 0, (x << _RANK_BITS) + dist.get_rank(), _ABSENT) for x in (nanoseconds, -nanoseconds)
-        )
-        return np.stack([*ranked, [*memory, max(memory)]], axis=1)
-
-
-def _named_extremes(extremes: ndarray) -> dict[str, ndarray]:
-    """Figures [L + 1] by name, NaN where no rank had any; the last element is for all layers."""
-    named = {}
-    for name, sign, column in (("slowest", 1, extremes[:, 0]), ("fastest", -1, extremes[:, 1])):
-        there = column != _ABSENT
-        named[f"alltoall-{name}-ms"] = np.where(there, sign * (column >> _RANK_BITS) / 1e6, math.nan)
-        named[f"alltoall-{name}-rank"] = np.where(there, column % 2**_RANK_BITS, math.nan)
-    memory = extremes[:, 2]
-    return named | {"memory-MiB": np.where(memory > 0, memory / MIB, math.nan)}
+        self._late.read()
+        layers, experts = self._sent.shape
+        shape = layers, experts + len(SUMS)
+        packed = np.empty(layers * shape[1] + 3 * (layers + 1))  # one transfer each way
+        sums = packed[: -3 * (layers + 1)].reshape(shape)
+        sums[:, :experts] = np.maximum(self._routed, self._sent)  # layers that do not drop count what they send only
+        sums[:, experts : -len(STAGES)] = self._traffic
+        spent = self._clock.read()
+        sums[:, -len(STAGES) :] = [[spent.get((layer, stage), 0.0) for stage in STAGES] for layer in self._layers]
+        memory = [self._memory.peaks.get(layer, 0) for layer in self._layers]
+        extremes = figures.extremes_of_rank(dict(zip(SUMS, sums.T[experts:], strict=True)), memory, dist.get_rank())
+        packed[sums.size :] = extremes.view(np.float64).ravel()
+        on_device = torch.from_numpy(packed).to(self._device, non_blocking=True)
+        sums_on_device, extremes_on_device = on_device.split([sums.size, 3 * (layers + 1)])
+        dist.all_reduce(sums_on_device)
+        dist.all_reduce(extremes_on_device.view(torch.int64), op=dist.ReduceOp.MAX)
+        self._reset()
+        if dist.get_rank() != dist.get_world_size() - 1:
+            return None
+        packed = on_device.cpu().numpy()
+        loads, columns = np.split(packed[: sums.size].reshape(shape), [experts], axis=1)
+        extremes = packed[sums.size :].view(np.int64).reshape(-1, 3)
+        return loads, dict(zip(SUMS, columns.T, strict=True)), figures.named_extremes(extremes)
 
 
 def _write(scalars: dict[str, float], iteration: int, writer, wandb_writer) -> None:
-    if writer is not None:
+    file_writer = getattr(writer, "file_writer", None)
+    if file_writer is not None:  # of torch's writer: all values in one event, instead of an event each
+        from torch.utils.tensorboard.summary import Summary
+
+        values = [Summary.Value(tag=tag, simple_value=value) for tag, value in scalars.items()]
+        file_writer.add_summary(Summary(value=values), iteration)
+    elif writer is not None:
         for tag, value in scalars.items():
             writer.add_scalar(tag, value, iteration)
     if wandb_writer is not None:

@@ -13,7 +13,12 @@ STAGES = ("gate", "permute", "dispatch", "experts", "combine", "unpermute")
 reordering before and after them (paper, table of section 5: gate, dispatch buffer, all-to-all, experts, all-to-all,
 combine)."""
 
+ALL_STAGES = frozenset(STAGES)
+
 EXCHANGES = ("dispatch", "combine")
+
+MOST_PENDING = 1024
+"""Stages that the clock has timed and not read."""
 
 _RANGES = {stage: f"xmoe.{stage}" for stage in STAGES}
 
@@ -21,13 +26,13 @@ _RANGES = {stage: f"xmoe.{stage}" for stage in STAGES}
 class StageClock:
     """Times stages by events that the device reaches; on a CPU, where work is done at once, by its clock.
 
-    Nothing waits: events are read once they have happened, some passes later, or in `read`. Of nested stages, the outer
-    one gets what the inner ones leave.
+    Nothing waits: events are read in `read`, or when so many stages came after them that they have long happened: a
+    layer's pass waits for the device anyway. Of nested stages, the outer one gets what the inner ones leave.
     """
 
     def __init__(self, stages: Collection[str]):
         """Args: the stages that are timed."""
-        self.stages = stages
+        self.stages = frozenset(stages)
         self._spent: dict[tuple[int, str], float] = {}
         self._open: list[tuple[tuple[int, str], torch.cuda.Event]] = []
         self._pending: deque = deque()
@@ -45,12 +50,11 @@ class StageClock:
         key, begin = self._open.pop()
         outer = self._open[-1][0] if self._open else None
         self._pending.append((key, outer, begin, self._now()))
-        while self._pending and self._pending[0][-1].query():
+        if len(self._pending) > MOST_PENDING:
             self._take()
 
     def read(self) -> dict[tuple[int, str], float]:
-        """Milliseconds by layer and stage since the last call. Waits for the device."""
-        torch.cuda.synchronize()
+        """Milliseconds by layer and stage since the last call. Waits for the last of the stages."""
         while self._pending:
             self._take()
         spent, self._spent = self._spent, {}
@@ -63,35 +67,36 @@ class StageClock:
 
     def _take(self) -> None:
         key, outer, begin, end = self._pending.popleft()
+        end.synchronize()
         milliseconds = begin.elapsed_time(end)
         self._spent[key] = self._spent.get(key, 0.0) + milliseconds
         if outer is not None:
             self._spent[outer] = self._spent.get(outer, 0.0) - milliseconds
-        self._unused += [begin, end]
+        self._unused += (begin, end)
 
 
 class MemoryProbe:
     """How far the allocated memory rises during a layer's forward pass above what it was when the gate began.
 
-    It is looked at where stages end, in the first pass of each layer after `arm` only, because asking the allocator
-    takes the host some time. The allocator's own peak, which Megatron reports, is left alone.
+    It is looked at where stages end, in the first pass of each layer while the probe is armed, because asking the
+    allocator takes the host some time. The allocator's own peak, which Megatron reports, is left alone.
     """
 
     def __init__(self) -> None:
+        self.armed = False
         self.peaks: dict[int, int] = {}
         """Bytes, by layer."""
         self._before: dict[int, int] = {}
         self._watched: int | None = None
-        self._armed = False
 
-    def arm(self) -> None:
-        """Look at the next pass of each layer."""
-        self._armed = True
+    def arm(self, armed: bool = True) -> None:
+        """From now on look at the next pass of each layer, or at none."""
+        self.armed, self._watched = armed, None
         self._before.clear()
 
     def begin(self, layer_number: int, stage: str) -> None:
         """A stage begins."""
-        if stage == STAGES[0] and self._armed:
+        if stage == STAGES[0] and self.armed:
             self._watched = None
             if layer_number not in self._before:
                 self._watched, self._before[layer_number] = layer_number, allocated_bytes()
@@ -131,9 +136,10 @@ class profile_range:
             self._shown = torch.profiler.record_function(name)
             self._shown.__enter__()
         if self.layer_number is not None:
-            self._tracker = recording_tracker()
-        if self._tracker is not None:
-            self._tracker.stage_begins(self.layer_number, self.stage)
+            tracker = recording_tracker()
+            if tracker is not None and self.stage in tracker.watched_stages:
+                self._tracker = tracker
+                tracker.stage_begins(self.layer_number, self.stage)
 
     def __exit__(self, *error) -> None:
         if self._tracker is not None:

@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
 """What --xmoe-metrics costs: forward and backward of a stack of MoE layers, with each setting in turns.
 
-Settings alternate within one run, so that what else the machine does hits all of them. Each iteration ends with the
-report that Megatron asks for, and every --log-interval iterations it is written to TensorBoard, if that is installed.
-There is no attention and no optimizer, which makes the share that the metrics take an upper bound.
+Settings alternate within one run, so that what else the machine does hits all of them. What each iteration pays for
+recording is measured apart from the report, which comes every --log-interval iterations and is written to TensorBoard,
+if that is installed. Before a report the device is waited for, as Megatron has done by then to read the loss. There is
+no attention and no optimizer, which makes the shares that the metrics take upper bounds.
 
   torchrun --standalone --nproc-per-node 4 tools/benchmark_metrics.py          (GPUs)
   OMP_NUM_THREADS=1 torchrun --standalone --nproc-per-node 2 tools/benchmark_metrics.py   (no GPU: a small model)
@@ -33,6 +34,9 @@ from megatron_xmoe.platform import cpu, wheel  # noqa: E402
 SETTINGS = ("off", "summary", "layers", "layers + breakdown")
 WARM_UP = 3
 
+Seconds = dict[str, list[float]]
+"""By setting."""
+
 
 def options(on_gpu: bool) -> argparse.Namespace:
     """Command line; the defaults are X-MoE Small's layers on a GPU."""
@@ -47,8 +51,8 @@ def options(on_gpu: bool) -> argparse.Namespace:
         "--experts": (64, 16, "experts of all ranks"),
         "--topk": (6, 4, "experts of a token"),
         "--tokens": (8192, 1024, "tokens of a rank"),
-        "--rounds": (30, 30, "iterations of each setting"),
-        "--log-interval": (1, 1, "iterations between two reports; 1 is the dearest"),
+        "--rounds": (60, 40, "iterations of each setting"),
+        "--log-interval": (10, 10, "iterations from one report to the next"),
     }
     for name, (with_gpu, without, text) in sizes.items():
         default = with_gpu if on_gpu else without
@@ -56,8 +60,8 @@ def options(on_gpu: bool) -> argparse.Namespace:
         group.add_argument(name, type=positive_number(int), default=default, metavar="N",
                            help=f"{text} (default: {default})")  # fmt: skip
     args = parser.parse_args()
-    if args.rounds < 2:
-        parser.error(f"--rounds is {args.rounds}; quartiles need 2")
+    if args.rounds < max(2, args.log_interval):
+        parser.error(f"--rounds is {args.rounds}; quartiles need 2, and a report --log-interval ({args.log_interval})")
     return args
 
 
@@ -102,18 +106,19 @@ def trackers(args: argparse.Namespace) -> dict:
     }
 
 
-def measure(args: argparse.Namespace, layers: list, x, writer) -> dict[str, list[float]]:
-    """Seconds of each iteration by setting (on a CPU: of processor time); the settings take turns."""
+def measure(args: argparse.Namespace, layers: list, x, writer) -> tuple[Seconds, Seconds]:
+    """Seconds of each iteration, and of each report, by setting (on a CPU: of processor time); settings take turns."""
     import torch
     import torch.distributed as dist
     from megatron.core.transformer.moe.moe_logging import set_moe_metrics_tracker
 
     # another program on the same cores does not add to a process's own time; a GPU has to be waited for
     clock = time.perf_counter if x.is_cuda else time.process_time
-    seconds: dict[str, list[float]] = {setting: [] for setting in SETTINGS}
+    iterations: Seconds = {setting: [] for setting in SETTINGS}
+    reports: Seconds = {setting: [] for setting in SETTINGS}
     all_trackers = trackers(args)
     for iteration in range(1, WARM_UP + args.rounds + 1):
-        first = iteration % len(SETTINGS)
+        first, is_logged = iteration % len(SETTINGS), iteration % args.log_interval == 0
         for setting in SETTINGS[first:] + SETTINGS[:first]:
             tracker = all_trackers[setting]
             set_moe_metrics_tracker(tracker)
@@ -124,11 +129,16 @@ def measure(args: argparse.Namespace, layers: list, x, writer) -> dict[str, list
             for layer in layers:
                 hidden = hidden + layer(hidden)[0]
             hidden.float().square().mean().backward()
+            torch.cuda.synchronize()
+            trained = clock()
             tracker.report(loss_scale=1.0, iteration=iteration, writer=writer, track_names=[], num_layers=args.layers)
             torch.cuda.synchronize()
+            reported = clock()
             if iteration > WARM_UP:
-                seconds[setting].append(clock() - begin)
-    return seconds
+                iterations[setting].append((trained if is_logged else reported) - begin)
+                if is_logged:
+                    reports[setting].append(reported - trained)
+    return iterations, reports
 
 
 def tensorboard_writer(folder: str):
@@ -170,22 +180,31 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         writer, note = tensorboard_writer(folder)
         with contextlib.redirect_stdout(io.StringIO()):  # the tables of stages
-            seconds = measure(args, build(args, device, dtype, ranks), x, writer)
+            measured = measure(args, build(args, device, dtype, ranks), x, writer)
         if dist.get_rank() == ranks - 1:
             print(f"{ranks} rank(s), {torch.cuda.get_device_name() if on_gpu else 'CPU'}, {vars(args)}; {note}")
-            print(table(seconds), flush=True)
+            print(table(*measured, args.log_interval), flush=True)
             if writer is not None:
                 writer.close()
     dist.destroy_process_group()
 
 
-def table(seconds: dict[str, list[float]]) -> str:
-    """Median time of an iteration, and the median over rounds of what a setting adds to the round's own 'off'."""
-    lines = [f"{'--xmoe-metrics':<22}{'ms':>9}{'overhead':>10}   quartiles of the rounds"]
-    for setting, times in seconds.items():
-        added = [time / off - 1 for time, off in zip(times, seconds["off"], strict=True)]
-        low, middle, high = statistics.quantiles(added, n=4)
-        lines.append(f"{setting:<22}{statistics.median(times) * 1e3:>9.2f}{middle:>10.2%}   {low:.2%} to {high:.2%}")
+def table(iterations: Seconds, reports: Seconds, log_interval: int) -> str:
+    """Medians: an iteration, what recording adds to the round's own 'off', a report of the last rank, and both."""
+    intervals = dict.fromkeys((log_interval, 1))
+    ends = "".join(f"{f'report every {interval}':>17}" for interval in intervals)
+    lines = [f"{'--xmoe-metrics':<20}{'iteration':>12}{'recording':>11}{'quartiles':>19}{'a report':>11}{ends}"]
+    off = statistics.median(iterations["off"])
+    for setting, times in iterations.items():
+        added = [time / without - 1 for time, without in zip(times, iterations["off"], strict=True)]
+        low, recording, high = statistics.quantiles(added, n=4)
+        report, of_off = (statistics.median(reports[name]) for name in (setting, "off"))
+        totals = "".join(f"{recording + (report - of_off) / interval / off:>17.2%}" for interval in intervals)
+        quartiles = f"{low:.2%} to {high:.2%}"
+        lines.append(
+            f"{setting:<20}{statistics.median(times) * 1e3:>9.2f} ms{recording:>11.2%}{quartiles:>19}"
+            f"{report * 1e3:>8.2f} ms{totals}"
+        )
     return "\n".join(lines)
 
 

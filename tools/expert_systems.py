@@ -75,7 +75,8 @@ def xmoe(name: str, data: Inputs, recompute: bool = False) -> System:
 
     def forward() -> Tensor:
         routes = build_routes(data.ids, data.probs, experts)
-        groups = Groups.of(routes.tokens_per_expert.cpu(), data.device)
+        counts = routes.tokens_per_expert
+        groups = Groups.of(counts.cpu() if gemm.needs_sizes else counts, data.device)
         source = RowsSource(data.x, routes.token_ids, routes.inverse)
         rows = grouped_mlp(source, routes.combine_weights, weights, groups, activation, gemm, recompute)
         return gather_sum(rows, routes.inverse, token_ids=routes.token_ids)

@@ -1,15 +1,20 @@
 """The plain dispatcher: one uneven all-to-all of routed rows, nothing padded (paper, section 4.1)."""
 
+from dataclasses import replace
+from functools import partial
+
 import torch
 import torch.distributed as dist
+from numpy import ndarray
 from torch import Tensor
 
 from megatron_xmoe.dispatch.base import PaddingFreeDispatcher
 from megatron_xmoe.dispatch.exchange import exchange_rows
 from megatron_xmoe.dispatch.state import AllToAllState
-from megatron_xmoe.metrics import flat_traffic, record_traffic, recording
-from megatron_xmoe.ops import RowsSource, gather_rows, gather_sum
+from megatron_xmoe.metrics import record_traffic, record_traffic_later, recording
+from megatron_xmoe.ops import Routes, RowsSource, gather_rows, gather_sum
 from megatron_xmoe.profiling import profiled
+from megatron_xmoe.traffic import Traffic, flat_traffic
 
 
 @profiled(
@@ -25,7 +30,7 @@ class AllToAllDispatcher(PaddingFreeDispatcher):
     """Sends each routed row to the rank of its expert and sums the results per token. See PaddingFreeDispatcher.
 
     Where all experts are on this rank, nothing is sent: the tokens themselves go through the stages, and the experts
-    take their rows from them.
+    take their rows from them. If nothing is dropped either, no number is needed on the host, which waits for nothing.
     """
 
     @property
@@ -44,10 +49,13 @@ class AllToAllDispatcher(PaddingFreeDispatcher):
             rows [N, H], or the tokens [T, H] where nothing is sent; and weights [N].
         """
         routes = self.routes_of(routing_map, probs)
+        if self.all_experts_here and self.capacity_of(probs.shape[0]) is None:
+            return self._keep(hidden_states, routes)
         sent, received = self._exchange_counts(routes.tokens_per_expert)
         num_rows = int(sent.sum())
         if recording():
-            self._record_traffic(sent, hidden_states, probs)
+            to_experts = sent.numpy()
+            record_traffic(self.layer_number, self._traffic(to_experts, *_sizes(hidden_states, probs)), to_experts)
         self.state = AllToAllState(
             hidden_shape=hidden_states.shape,
             inverse=routes.inverse,
@@ -63,6 +71,27 @@ class AllToAllDispatcher(PaddingFreeDispatcher):
             rows = gather_rows(rows, self.state.token_ids, routes.inverse)
         return rows, routes.combine_weights[:num_rows]
 
+    def _keep(self, hidden_states: Tensor, routes: Routes) -> tuple[Tensor, Tensor]:
+        """`dispatch_preprocess` of tokens that stay here with all their routes."""
+        weights, counts = routes.combine_weights, routes.tokens_per_expert
+        if recording():
+            sizes = dict(zip(("tokens", "row_bytes", "weight_bytes"), _sizes(hidden_states, weights), strict=True))
+            record_traffic_later(self.layer_number, counts, partial(self._traffic, **sizes))
+        self.state = AllToAllState(
+            hidden_shape=hidden_states.shape,
+            inverse=routes.inverse,
+            token_ids=routes.token_ids,
+            kept_per_expert=counts,
+            input_splits=[],
+            output_splits=[],
+            tensor_splits=[],
+            tokens_per_expert=counts,
+            expert_order=None,
+            arrival_order=None,
+            probs_dtype=weights.dtype,
+        )
+        return hidden_states.reshape(-1, hidden_states.shape[-1]), weights
+
     def token_dispatch(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
         """Exchange rows [N, H] and weights [N]; returns what arrived, [M, H] and [M], by source rank."""
         splits = self.state.output_splits, self.state.input_splits
@@ -73,6 +102,15 @@ class AllToAllDispatcher(PaddingFreeDispatcher):
         # between the two exchanges: with one hardware queue it would otherwise wait for the second
         self.shared_experts.linear_fc1_forward_and_act(rows)
         return rows, self._exchange(probs, *splits)
+
+    def dispatch_postprocess(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """See PaddingFreeDispatcher; for experts that want the numbers of their rows on the host."""
+        rows, counts, probs = super().dispatch_postprocess(hidden_states, probs)
+        counts = counts.cpu()
+        num_rows = int(counts.sum())
+        if self.all_experts_here:
+            self.state = replace(self.state, token_ids=self.state.token_ids[:num_rows])
+        return rows[:num_rows], counts, probs[:num_rows]
 
     def expert_rows(self, hidden_states: Tensor, probs: Tensor) -> tuple[RowsSource, Tensor, Tensor]:
         """See PaddingFreeDispatcher; the rows of experts that are all here are taken from the tokens."""
@@ -102,21 +140,20 @@ class AllToAllDispatcher(PaddingFreeDispatcher):
             rows, output_splits, input_splits, self.ep_group, self.guard, own_stream=self.use_nccl_stream
         )
 
-    def _record_traffic(self, sent: Tensor, hidden_states: Tensor, probs: Tensor) -> None:
-        """Tell the metrics what this pass sends: rows, a weight with each, and each rank's counts.
+    def _traffic(self, sent: ndarray, tokens: int, row_bytes: int, weight_bytes: int) -> Traffic:
+        """What a pass sends: rows, a weight with each, and each rank's counts.
 
-        Args: sent [G, E / G] on the CPU, routes of each expert.
+        Args: sent [G, E / G] or [E], routes of each expert; number of tokens; bytes of a row and of a weight.
         """
-        traffic = flat_traffic(
-            sent.sum(dim=1).tolist(),
+        return flat_traffic(
+            sent.reshape(self.ep_size, -1).sum(axis=1).tolist(),
             rank=self.ep_rank,
             node_of_rank=self.topology.node_of,
-            row_bytes=hidden_states.shape[-1] * hidden_states.element_size(),
-            bytes_per_route=probs.element_size(),
-            bytes_per_rank=self.num_local_experts * sent.element_size(),
-            padded_rows=self.padded_rows(sent, probs.shape[0]),
+            row_bytes=row_bytes,
+            bytes_per_route=weight_bytes,
+            bytes_per_rank=self.num_local_experts * sent.itemsize,
+            padded_rows=self.padded_rows(sent, tokens),
         )
-        record_traffic(self.layer_number, traffic)
 
     def _exchange_counts(self, tokens_per_expert: Tensor) -> tuple[Tensor, Tensor]:
         """On the CPU: routes for each expert of each rank [G, E / G], and received ones, [ETP, G, E / G]."""
@@ -127,3 +164,9 @@ class AllToAllDispatcher(PaddingFreeDispatcher):
             dist.all_to_all_single(received, sent.contiguous(), group=self.ep_group)
         both = torch.cat([sent.unsqueeze(0), self.of_tensor_ranks(received)]).cpu()  # the one host synchronisation
         return both[0], both[1:]
+
+
+def _sizes(hidden_states: Tensor, weights: Tensor) -> tuple[int, int, int]:
+    """Tokens, and bytes of a row and of a routing weight."""
+    width = hidden_states.shape[-1]
+    return hidden_states.numel() // width, width * hidden_states.element_size(), weights.element_size()

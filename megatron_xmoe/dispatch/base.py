@@ -11,6 +11,7 @@ from megatron.core.tensor_parallel import (
 )
 from megatron.core.transformer.moe.token_dispatcher import MoETokenDispatcher
 from megatron.core.transformer.transformer_config import TransformerConfig
+from numpy import ndarray
 from torch import Tensor
 
 from megatron_xmoe.dispatch.capacity import expert_capacity
@@ -25,7 +26,7 @@ class PaddingFreeDispatcher(MoETokenDispatcher):
 
     Megatron's signatures of the six stages have no place for metadata, so the state of the pass between
     `dispatch_preprocess` and `combine_postprocess` is one frozen DispatchState in `self.state`.
-    A pass has one host synchronisation, for the split sizes of the exchanges.
+    A pass has one host synchronisation, for the split sizes of the exchanges, and none where nothing is exchanged.
 
     Where experts are sharded over expert-tensor-parallel ranks, these first gather each other's rows, and their partial
     results are summed and scattered back. Where these ranks hold the same tokens, each has all rows already, and the
@@ -82,13 +83,13 @@ class PaddingFreeDispatcher(MoETokenDispatcher):
         config, capacity = self.config, self.capacity_of(routing_map.shape[0])
         return build_routes_from_map(routing_map, probs, config.moe_router_topk, capacity, config.moe_token_drop_policy)
 
-    def padded_rows(self, kept: Tensor, num_tokens: int) -> int:
+    def padded_rows(self, kept: ndarray, num_tokens: int) -> int:
         """Rows of a buffer that pads each expert to the capacity, or without one to the largest expert's routes.
 
-        Args: kept, this rank's routes of each expert, on the CPU; its tokens.
+        Args: kept, this rank's routes of each expert; its tokens.
         """
         capacity = self.capacity_of(num_tokens)
-        return kept.numel() * (int(kept.max()) if capacity is None else capacity)
+        return kept.size * (int(kept.max()) if capacity is None else capacity)
 
     def of_tensor_ranks(self, received: Tensor) -> Tensor:
         """[ETP, G, E / G]: `received` [G, E / G], routes from each rank for each local expert, of each of the ETP

@@ -8,7 +8,8 @@ from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
 from megatron_xmoe.dispatch import bypass_plan
-from megatron_xmoe.dispatch.bypass_plan import Found, Plan, spare_rows
+from megatron_xmoe.dispatch.bypass_plan import Found, Plan
+from megatron_xmoe.dispatch.bypass_tables import spare_rows
 from megatron_xmoe.dispatch.exchange import Pending, start_exchange
 from megatron_xmoe.dispatch.layout import Splits
 from megatron_xmoe.ops import gather_sum

@@ -16,10 +16,11 @@ from megatron_xmoe.dispatch.bypass_plan import Plan
 from megatron_xmoe.dispatch.layout import Counts
 from megatron_xmoe.dispatch.pilots import PilotRule, Places, choose_copies, most_routes, salt_of
 from megatron_xmoe.dispatch.state import BypassState
-from megatron_xmoe.metrics import Traffic, record_traffic, recording
+from megatron_xmoe.metrics import record_traffic, recording
 from megatron_xmoe.ops.raw_bits import wire_dtype
 from megatron_xmoe.parallel_state import NodeTopology
 from megatron_xmoe.profiling import profiled
+from megatron_xmoe.traffic import Traffic
 
 LARGEST_WORD = 2**31 - 1
 
@@ -128,7 +129,7 @@ class RedundancyBypassDispatcher(PaddingFreeDispatcher):
         )
         # from here on the host has time: pilots are on the network
         if recording():
-            record_traffic(self.layer_number, self._traffic(plan.counts))
+            record_traffic(self.layer_number, self._traffic(plan.counts), plan.counts.routes[0])
         if self.overlap and self.shared_experts is not None:
             self.shared_experts.linear_fc1_forward_and_act()
         arrived = finish_dispatch(underway, plan, self.links, probs.dtype)
@@ -165,11 +166,11 @@ class RedundancyBypassDispatcher(PaddingFreeDispatcher):
         """On the host: `told` [2, G, 2R + L] of `Numbered`, now with what each rank tells this one; and the routes
         [ETP, G, L] that its `sources` are told of, whose R can be others."""
         dist.all_to_all_single(told[1], told[0], group=self.ep_group)
-        size, of_routes = told.numel(), (slice(None), slice(-self.num_local_experts, None))
+        local, size = self.num_local_experts, told.numel()
         if self.sources == 1:
             on_host = told.cpu()  # the one host synchronisation of a pass
-            return on_host.numpy(), self.of_tensor_ranks(on_host[1][of_routes])
-        everywhere = self.of_tensor_ranks(told[1][of_routes])
+            return on_host.numpy(), self.of_tensor_ranks(on_host[1, :, -local:])
+        everywhere = self.of_tensor_ranks(told[1, :, -local:])
         on_host = torch.cat([told.flatten(), everywhere.flatten()]).cpu()  # the same
         return on_host[:size].view(told.shape).numpy(), on_host[size:].view(everywhere.shape)
 
@@ -187,7 +188,7 @@ class RedundancyBypassDispatcher(PaddingFreeDispatcher):
             row_bytes=counts.row_bytes,
             inter_metadata=int(metadata[remote].sum()),
             intra_metadata=int(metadata[~remote & other].sum()),
-            padded_rows=self.padded_rows(torch.from_numpy(counts.routes[0]), counts.tokens),
+            padded_rows=self.padded_rows(counts.routes[0], counts.tokens),
         )
 
     def _check_size(self, tokens: int, topk: int) -> None:

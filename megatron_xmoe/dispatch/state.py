@@ -23,7 +23,7 @@ class DispatchState:
     """Rows received by each expert-tensor-parallel rank, which gather them all; sums to M."""
 
     tokens_per_expert: Tensor
-    """[E / G] int64 on the CPU: received rows of each local expert; sums to M."""
+    """[E / G] int64: received rows of each local expert; sums to M. On the CPU, unless nothing is sent."""
 
     expert_order: Tensor | None
     """[M] int32: received row of each expert-major position; None where the order is the same already."""
@@ -46,10 +46,10 @@ class AllToAllState(DispatchState):
     """[N] int32: the token of each sent row."""
 
     input_splits: list[int]
-    """Rows sent to each of the G ranks; sums to N."""
+    """Rows sent to each of the G ranks; sums to N. Empty where nothing is sent."""
 
     output_splits: list[int]
-    """Rows received from each of the G ranks; sums to M (without expert tensor parallelism)."""
+    """Rows received from each of the G ranks; sums to M (without expert tensor parallelism). The same."""
 
 
 @dataclass(frozen=True)

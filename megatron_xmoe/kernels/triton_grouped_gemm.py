@@ -109,7 +109,7 @@ def multiply_kernel(
 
 @triton.jit
 def weight_gradient_kernel(
-    grad, x, out, out_tma, ends, programs, E, N, D,
+    grad, grad_tma, x, x_tma, out, out_tma, ends, programs, E, N, D,
     TMA: tl.constexpr, ACCUMULATE: tl.constexpr,
     BN: tl.constexpr, BD: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
@@ -122,11 +122,13 @@ def weight_gradient_kernel(
         start = tl.load(ends + expert - 1, mask=expert > 0, other=0)
         end = tl.load(ends + expert)
         total = tl.zeros([BN, BD], tl.float32)
-        if TMA:  # with a descriptor of its own an expert's last rows are filled up with zeros
-            grad_tma = tl.make_tensor_descriptor(grad, shape=[end, N], strides=[N, 1], block_shape=[BK, BN])
-            x_tma = tl.make_tensor_descriptor(x, shape=[end, D], strides=[D, 1], block_shape=[BK, BD])
-            for row in range(start, end, BK):
+        if TMA:  # it would read on in the next expert's rows, so an expert's last ones go another way
+            whole = end - (end - start) % BK
+            for row in range(start, whole, BK):
                 total = tl.dot(grad_tma.load([row, n]).T, x_tma.load([row, d]), total, input_precision="ieee")
+            for row in tl.range(whole, end, BK, num_stages=1):
+                left, right = part_of(grad, row, end, n, N, BK, BN).T, part_of(x, row, end, d, D, BK, BD)
+                total = tl.dot(left, right, total, input_precision="ieee")
         else:
             for row in range(start, end, BK):
                 left, right = part_of(grad, row, end, n, N, BK, BN).T, part_of(x, row, end, d, D, BK, BD)
@@ -217,12 +219,12 @@ def weight_gradient(
     tile = tile_of(tma, grad.element_size(), shared_memory(grad.device))
     tile["BN"], tile["BD"] = tile.pop("BM"), tile["BN"]
     with on(grad):
-        if tma:
-            triton.set_allocator(_workspace)
+        BN, BD, BK = tile["BN"], tile["BD"], tile["BK"]
         programs = processors(grad.device) * (1 if tma else 2)
         weight_gradient_kernel[(programs,)](
-            grad, rows, out, described(out, 1, tile["BN"], tile["BD"], there=tma and not accumulate and fits_tma(out)),
-            ends, programs, E, N, D, TMA=tma, ACCUMULATE=accumulate, GROUP=GROUP, **tile,
+            grad, described(grad, BK, BN, there=tma), rows, described(rows, BK, BD, there=tma),
+            out, described(out, 1, BN, BD, there=tma and not accumulate and fits_tma(out)), ends, programs, E, N, D,
+            TMA=tma, ACCUMULATE=accumulate, GROUP=GROUP, **tile,
         )  # fmt: skip
     return out
 
@@ -272,8 +274,3 @@ def processors(device: torch.device) -> int:
 def described(x: Tensor, *block: int, there: bool) -> TensorDescriptor | None:
     """A contiguous tensor for the accelerator, in tiles of the shape `block`; None unless `there`."""
     return TensorDescriptor(x, list(x.shape), list(x.stride()), list(block)) if there else None
-
-
-def _workspace(size: int, alignment: int, stream: int | None) -> Tensor:
-    """Memory for descriptors that programs make themselves."""
-    return torch.empty(size, dtype=torch.int8, device="cuda")

@@ -20,7 +20,8 @@ class Groups:
     """Which rows belong to which expert."""
 
     counts: Tensor
-    """[E] rows of each expert, on the CPU or the rows' device; zeros are allowed."""
+    """[E] rows of each expert, on the CPU or the rows' device; zeros are allowed. Rows after those of the last expert
+    are nobody's: what is computed for them has no meaning."""
 
     ends: Tensor
     """[E] int32, cumulative counts, on the rows' device."""
@@ -28,7 +29,7 @@ class Groups:
     @classmethod
     def of(cls, tokens_per_expert: Tensor, device: torch.device) -> "Groups":
         """From row counts [E], on the CPU or on `device`."""
-        ends = tokens_per_expert.cumsum(0).to(torch.int32)
+        ends = tokens_per_expert.cumsum(0, dtype=torch.int32)
         return cls(tokens_per_expert, ends.to(device, non_blocking=True))
 
     @cached_property
@@ -36,10 +37,15 @@ class Groups:
         """The counts on the host, which waits for them where they are not there."""
         return self.counts.tolist()
 
+    def parts(self, rows: Tensor) -> tuple[Tensor, ...]:
+        """Rows [M, ...] of each expert."""
+        return rows[: sum(self.sizes)].split(self.sizes)
+
     def experts_of_rows(self, num_rows: int) -> Tensor:
-        """[M] int32: the expert of each row. Args: num_rows, M."""
+        """[M] int32: the expert of each row, any for rows of none. Args: num_rows, M."""
         positions = torch.arange(num_rows, device=self.ends.device, dtype=self.ends.dtype)
-        return torch.searchsorted(self.ends, positions, right=True, out_int32=True)
+        experts = torch.searchsorted(self.ends, positions, right=True, out_int32=True)
+        return experts.clamp_(max=self.ends.shape[0] - 1)
 
 
 class GroupedGemm:
@@ -50,6 +56,9 @@ class GroupedGemm:
 
     gathers = False
     """Whether `multiply` gathers the rows itself, without a copy of them."""
+
+    needs_sizes = True
+    """Whether the host must know how many rows each expert has."""
 
     def multiply_add(
         self, rows: Tensor, weight: Tensor, bias: Tensor, groups: Groups, index: Tensor | None = None
@@ -89,22 +98,21 @@ class Loop(GroupedGemm):
     def multiply(self, rows, weight, groups, index=None, transposed=False):
         rows, matrices = _gathered(rows, index), weight if transposed else weight.transpose(1, 2)
         result = rows.new_empty(rows.shape[0], matrices.shape[2])
-        parts = zip(rows.split(groups.sizes), matrices, result.split(groups.sizes), strict=True)
-        for part, matrix, out in parts:
+        for part, matrix, out in zip(groups.parts(rows), matrices, groups.parts(result), strict=True):
             torch.mm(part, matrix, out=out)
         return result
 
     def multiply_add(self, rows, weight, bias, groups, index=None):
         rows = _gathered(rows, index)
         result = rows.new_empty(rows.shape[0], weight.shape[1])
-        parts = zip(rows.split(groups.sizes), weight, bias, result.split(groups.sizes), strict=True)
+        parts = zip(groups.parts(rows), weight, bias, groups.parts(result), strict=True)
         for part, matrix, one, out in parts:
             torch.addmm(one, part, matrix.t(), out=out)
         return result
 
     def weight_gradient(self, grad, rows, groups, into=None):
         result = grad.new_empty(len(groups.sizes), grad.shape[1], rows.shape[1]) if into is None else into
-        for part, inputs, out in zip(grad.split(groups.sizes), rows.split(groups.sizes), result, strict=True):
+        for part, inputs, out in zip(groups.parts(grad), groups.parts(rows), result, strict=True):
             if into is None:
                 torch.mm(part.t(), inputs, out=out)
             elif out.dtype == grad.dtype:
@@ -135,6 +143,7 @@ class TritonGemm(GroupedGemm):
     """Our Triton kernels."""
 
     gathers = True
+    needs_sizes = False
 
     def __init__(self):
         from megatron_xmoe.kernels import triton_grouped_gemm

@@ -60,7 +60,7 @@ def grouped_mlp(
     gathered rows and the activation are computed again.
 
     Args:
-        source: rows [M, H], of each expert one after the other.
+        source: rows [M, H], of each expert one after the other; any that follow are nobody's.
         probs: routing weights [M], any floating dtype.
         recompute: do not save the pre-activation either, but compute fc1 again: 2d bytes a token stay.
         into_main_grad: add the gradients of fc1 and fc2 to their attribute `main_grad`, in its dtype, where they have
@@ -143,7 +143,7 @@ def _bias_gradient(bias: Tensor, grad: Tensor, weights: Tensor | None, groups: G
     wide = torch.promote_types(grad.dtype, torch.float32)
     result = bias.new_empty(bias.shape)
     scales = grad.new_ones(grad.shape[0], dtype=wide) if weights is None else weights.to(wide)
-    for out, part, scale in zip(result, grad.split(groups.sizes), scales.split(groups.sizes), strict=True):
+    for out, part, scale in zip(result, groups.parts(grad), groups.parts(scales), strict=True):
         out.copy_(scale @ part.to(wide))
     return result
 

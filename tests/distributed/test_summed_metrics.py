@@ -24,6 +24,8 @@ class Case:
     stages: tuple[tuple[int, ...], ...] = ((1, 3),)
     capacity: float | None = None
     recompute: bool = False
+    rbd: bool = False
+    """Redundancy bypassing, with two ranks on each node."""
 
     def __str__(self) -> str:
         return self.name
@@ -37,6 +39,8 @@ CASES = [
     Case("recomputation", ep=2, recompute=True),
     Case("tensor parallel", ep=2, tp=2),
     Case("a stage without experts", ep=2, pp=2, stages=((), (2, 3))),
+    Case("redundancy bypassing", ep=4, rbd=True),
+    Case("redundancy bypassing, capacity", ep=4, rbd=True, capacity=0.7),
     Case("a layer on each stage", ep=2, pp=2, stages=((1,), (3,))),
 ]
 
@@ -66,8 +70,8 @@ class Event:
         Event.now += torch.distributed.get_rank() + 1
         self.when = Event.now
 
-    def query(self) -> bool:
-        return True
+    def synchronize(self) -> None:
+        """It has happened."""
 
     def elapsed_time(self, end: "Event") -> float:
         return end.when - self.when
@@ -78,6 +82,7 @@ def build(case: Case, number: int) -> torch.nn.Module:
     from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
     from megatron.core.transformer.transformer_config import TransformerConfig
 
+    from megatron_xmoe.config import XMoEConfig
     from megatron_xmoe.layer import XMoELayer
 
     recompute = {"recompute_granularity": "selective", "recompute_modules": ["moe"]} if case.recompute else {}
@@ -91,7 +96,8 @@ def build(case: Case, number: int) -> torch.nn.Module:
     )  # fmt: skip
     torch.manual_seed(number)
     submodules = get_moe_module_spec(use_te=False, num_experts=EXPERTS).keywords["submodules"]
-    layer = XMoELayer(config, submodules=submodules)
+    xmoe = XMoEConfig(moe_backend="xmoe", xmoe_dispatcher="rbd", xmoe_ranks_per_node=2) if case.rbd else None
+    layer = XMoELayer(config, submodules=submodules, xmoe=xmoe)
     layer.set_layer_number(number)
     return layer
 
@@ -164,15 +170,19 @@ def counted(case: Case, ranks: list[dict], number: int) -> dict[str, float]:
             crossing += elsewhere
             traffic_bytes += elsewhere * (2 * HIDDEN + 1) * BYTES + (case.ep - 1) * local * BYTES
     total = sum(loads)
-    return {
+    if case.rbd and case.capacity is None:
+        traffic = {"redundancy": redundancy(ranks, number)}
+    elif case.rbd:
+        traffic = {}  # which routes are dropped is the dispatcher's
+    else:
+        traffic = {"intra-node-MiB": traffic_bytes / passes / 2**20, "inter-node-MiB": 0.0}
+    return traffic | {
         "load-max": max(loads) / total * EXPERTS,
         "load-entropy": -sum(n / total * math.log(n / total) for n in loads if n) / math.log(EXPERTS),
         "idle-experts": loads.count(0) / EXPERTS,
         "drop-rate": 1 - kept / total,
         "padding-avoided": padding / (padding + kept),
         "padding-avoided-MiB": padding * HIDDEN * BYTES / passes / 2**20,
-        "intra-node-MiB": traffic_bytes / passes / 2**20,
-        "inter-node-MiB": 0.0,
         # dispatch and combine take rank + 1 ms each
         "alltoall-ms": sum(2 * (rank + 1) for rank in holders) / len(holders),
         "alltoall-slowest-ms": 2 * (holders[-1] + 1),
@@ -180,6 +190,16 @@ def counted(case: Case, ranks: list[dict], number: int) -> dict[str, float]:
         "alltoall-fastest-ms": 2 * (holders[0] + 1),
         "alltoall-fastest-rank": holders[0],
     }
+
+
+def redundancy(ranks: list[dict], number: int) -> float:
+    """Share of the routes to the other node whose token goes there anyway; four ranks, two on each node."""
+    routes, rows = 0, 0
+    for rank in range(WORLD):
+        for token in (token for routing_map in ranks[rank]["maps"][number] for token in routing_map):
+            abroad = sum(chosen for expert, chosen in enumerate(token) if expert // (EXPERTS // 2) != rank // 2)
+            routes, rows = routes + abroad, rows + (abroad > 0)
+    return 1 - rows / routes
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -203,7 +223,8 @@ def test_overall_figures(case, trained):
     numbers = sorted({number for rank in ranks for number in rank["maps"]})
     by_layer = {number: counted(case, ranks, number) for number in numbers}
     written = {tag: value for (tag, iteration), value in ranks[-1]["scalars"].items() if iteration == LAST_ITERATION}
-    for name in ("load-max", "load-entropy", "idle-experts", "drop-rate", "padding-avoided-MiB", "intra-node-MiB"):
+    means = ("load-max", "load-entropy", "idle-experts", "drop-rate", "padding-avoided-MiB", "intra-node-MiB")
+    for name in means[: 5 if case.rbd else 6]:
         mean = sum(of[name] for of in by_layer.values()) / len(numbers)  # each layer routes as many tokens
         assert written[f"xmoe/{name}"] == pytest.approx(mean, abs=1e-12), name
     worst = max(numbers, key=lambda number: by_layer[number]["load-max"])

@@ -21,8 +21,8 @@ SCRIPT = Path(__file__).resolve().parents[2] / "tools" / "benchmark_dispatch.py"
 SHAPES = "512,4,32,256;64,1,8,64;256,8,8,128"
 
 
-def run(processes: int, figures: Path, *options: str) -> list[dict]:
-    """The tool's records; it fails if results differ or if the host waits more often than once a forward pass."""
+def run(processes: int, figures: Path, *options: str, waits: int = 1) -> list[dict]:
+    """The tool's records; it fails if results differ, or if the host waits more often in a forward pass."""
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", str(SCRIPT),
          "--shapes", SHAPES, "--layer", "--ffn", "64", "--check-syncs", "--iterations", "3", "--json", str(figures),
@@ -33,8 +33,15 @@ def run(processes: int, figures: Path, *options: str) -> list[dict]:
     records = json.loads(figures.read_text())["figures"]
     assert len(records) == 3
     for record in records:
-        assert all(record[name]["syncs"] == [1, 0] for name in ("alltoall", "rbd"))
+        assert all(record[name]["syncs"] == [waits, 0] for name in ("alltoall", "rbd"))
     return records
+
+
+@pytest.mark.gpu
+def test_one_gpu(tmp_path):
+    """Where nothing is exchanged the host waits for nothing."""
+    for record in run(1, tmp_path / "figures.json", "--dtype", "bf16", waits=0):
+        assert record["rbd"]["inter_rows"] == record["rbd"]["intra_rows"] == 0
 
 
 @pytest.mark.multi_gpu

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = "megatron_xmoe"
 SOURCES = sorted((ROOT / PACKAGE).rglob("*.py"))
 
-LEAVES = ("config", "version", "_optional")
+LEAVES = ("config", "version", "traffic", "_optional")
 OURS_BELOW_LAYERS = ("dispatch", "ops", "parallel_state", "metrics", "profiling", *LEAVES)
 LAYERS = ("layer", "experts", "sequence_shard", "shared_experts", "norm", "qk_norm", "attention", "routing")
 # the dispatcher's base class, and what its constructor and its exchange are made of

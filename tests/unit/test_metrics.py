@@ -2,16 +2,19 @@
 
 import math
 from collections import Counter
+from unittest import mock
 
 import harness
 import numpy as np
 import pytest
 import torch
 from test_layer import HIDDEN, classes, layer, tokens
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_xmoe import figures, metrics, profiling
-from megatron_xmoe.metrics import Traffic, XMoETracker, flat_traffic
+from megatron_xmoe.metrics import XMoETracker
 from megatron_xmoe.profiling import STAGES, MemoryProbe, StageClock, profile_range
+from megatron_xmoe.traffic import Traffic, flat_traffic
 
 EXPERTS, TOPK, TOKENS = 4, 2, 10
 
@@ -110,7 +113,8 @@ def test_overall_figures():
     """Balance is the mean over layers, all else is of the sums; the worst layer is named."""
     loads = np.array([[2.0, 2, 2, 2], [8, 8, 0, 0]])
     sums = sums_of(passes=[1, 1], routes=[8, 12], routes_remote=[1, 9], inter_rows=[1, 4], dispatch=[1, 5])
-    overall = figures.overall_figures(loads, sums)
+    of_layers, overall = figures.figures_of_model(loads, sums)
+    assert of_layers["load-max"].tolist() == [1, 2]
     assert overall["load-max"] == 1.5 and overall["load-entropy"] == 0.75 and overall["idle-experts"] == 0.25
     assert overall["load-max-of-worst-layer"] == 2 and overall["worst-layer"] == 2
     assert overall["drop-rate"] == pytest.approx(1 - 20 / 24) and overall["redundancy"] == 0.5
@@ -201,7 +205,8 @@ def test_clearing_after_an_evaluation_keeps_the_interval(install):
     tracker, built = install(), layer(classes()[1])
     built(tokens())
     tracker.clear()
-    assert tracker._reduce()[0].sum() == TOKENS * TOPK
+    built(tokens(1))
+    assert tracker._reduce()[0].sum() == 2 * TOKENS * TOPK
 
 
 def test_megatrons_own_metrics_stay(install):
@@ -225,6 +230,90 @@ def test_levels(install):
     assert {"xmoe/load-max", "xmoe/alltoall-ms", "xmoe/alltoall-slowest-rank"} < tags["summary"]
     assert "xmoe/redundancy" not in tags["summary"]  # one node: nothing to save
     assert tags["layers"] - tags["summary"] >= {"xmoe-load-max/layer-001", "xmoe-intra-node-MiB/layer-001"}
+
+
+class Operations(TorchDispatchMode):
+    """Counts torch's operations."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.seen[function.overloadpacket.__name__] += 1
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("factor, added", [(None, {}), (2.0, {"sum": 1, "detach": 1})])  # Tensor.numpy detaches
+def test_what_recording_adds_to_a_pass(install, factor, added):
+    """Nothing on the device, but where routes are dropped one operation that counts them before."""
+    built, seen = layer(classes()[1], moe_expert_capacity_factor=factor), []
+    for record in (False, True):
+        if record:
+            install("summary", log_interval=10)
+        with Operations() as operations:
+            built(tokens())
+        seen.append(operations.seen)
+    assert seen[1] - seen[0] == Counter(added) and not seen[0] - seen[1]
+
+
+def test_a_report_is_two_exchanges(install, monkeypatch):
+    """And between two reports there is none."""
+    done = []
+    monkeypatch.setattr(metrics.dist, "all_reduce", lambda *args, **options: done.append(args))
+    tracker, built = install("layers", log_interval=3), layer(classes()[1], moe_expert_capacity_factor=2.0)
+    for iteration in (1, 2, 3):
+        built(tokens())
+        report(tracker, iteration)
+        assert len(done) == (2 if iteration == 3 else 0)
+
+
+@pytest.mark.parametrize("factor", [None, 2.0])
+def test_counts_of_many_passes_are_added_up(install, monkeypatch, factor):
+    """Few wait on the device: of one expert-parallel rank all that is sent, or what is routed before dropping."""
+    monkeypatch.setattr(metrics, "MOST_WAITING", 2)
+    tracker, built = install(), layer(classes()[1], moe_expert_capacity_factor=factor)
+    for number in range(5):
+        built(tokens(number))
+        assert len(tracker._late._waiting) == (number + 1) % 2
+    loads, sums, _ = tracker._reduce()
+    assert loads.sum() == sums["routes"] == 5 * TOKENS * TOPK and sums["passes"] == 5
+    assert tracker._reduce()[0].sum() == 0
+
+
+def test_late_counts_are_waited_for_late(monkeypatch):
+    """Only when they are read, or when as many came after them."""
+    waited = []
+    monkeypatch.setattr(metrics, "MOST_WAITING", 3)
+    monkeypatch.setattr(torch.cuda.Event, "synchronize", lambda event: waited.append(len(used)))
+    late, used = metrics.LateCounts(), []
+    for number in range(7):
+        late.add(torch.tensor([number]), lambda counts: used.append(counts.item()))
+        assert used == [0, 1, 2][: 3 * (number >= 5)]
+    late.read()
+    assert used == list(range(7)) and waited == [0, 3, 6]
+
+
+def test_tensorboard_gets_one_event(tmp_path, install):
+    """The same points as from a writer that takes them one by one."""
+    pytest.importorskip("tensorboard", reason="events are written and read with TensorBoard: pip install tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from torch.utils.tensorboard import SummaryWriter
+
+    tracker, built, one_by_one = install("layers", log_interval=4), layer(classes()[1]), Writer()
+    built(tokens())
+    with SummaryWriter(tmp_path) as writer, mock.patch.object(writer, "add_scalar") as add_scalar:
+        with mock.patch.object(metrics, "_write", wraps=metrics._write) as write:
+            report(tracker, 4, writer=writer)
+        scalars = write.call_args.args[0]
+    assert not add_scalar.called and len(scalars) > 20
+    metrics._write(scalars, 4, one_by_one, None)
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    points = {(tag, event.step): event.value for tag in events.Tags()["scalars"] for event in events.Scalars(tag)}
+    assert points == pytest.approx(one_by_one.scalars)
+    (times,) = {tuple(event.wall_time for event in events.Scalars(tag)) for tag in events.Tags()["scalars"]}
+    assert len(times) == 1
 
 
 def test_nothing_is_recorded_without_a_tracker():
@@ -273,11 +362,11 @@ class Clock:
         def record(self):
             self.when = Clock.now
 
-        def query(self):
-            return self.when <= Clock.reached
+        def synchronize(self):
+            Clock.reached = max(Clock.reached, self.when)
 
         def elapsed_time(self, end):
-            assert end.query()
+            assert end.when <= Clock.reached
             return end.when - self.when
 
 
@@ -285,7 +374,6 @@ class Clock:
 def clock(monkeypatch):
     Clock.now = Clock.reached = 0.0
     monkeypatch.setattr(torch.cuda, "Event", Clock.Event)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: setattr(Clock, "reached", Clock.now))
     return StageClock(("dispatch", "experts", "permute"))
 
 
@@ -305,19 +393,22 @@ def test_nested_stages_are_not_counted_twice(clock):
     assert clock.read() == {}
 
 
-def test_the_clock_waits_only_when_it_is_read(clock):
-    """Events that have not happened stay; those that have are used again."""
-    for _ in range(3):
-        clock.begin(1, "dispatch")
-        Clock.now += 5
-        clock.end("dispatch")
-    assert len(clock._pending) == 3
-    Clock.reached = Clock.now
-    clock.begin(2, "dispatch")
-    Clock.now += 1
-    clock.end("dispatch")
-    assert len(clock._pending) == 1 and len(clock._unused) == 6
-    assert clock.read() == {(1, "dispatch"): 15.0, (2, "dispatch"): 1.0}
+def test_the_clock_waits_only_when_it_is_read(clock, monkeypatch):
+    """It waits for none but the oldest stage of many, whose events are used again."""
+    monkeypatch.setattr(profiling, "MOST_PENDING", 3)
+
+    def run(stages):
+        for _ in range(stages):
+            clock.begin(1, "dispatch")
+            Clock.now += 5
+            clock.end("dispatch")
+
+    run(3)
+    assert Clock.reached == 0
+    run(4)
+    assert Clock.reached == 4 * 5 and len(clock._pending) == 3
+    assert len({id(event) for _, _, *events in clock._pending for event in events} | set(map(id, clock._unused))) == 8
+    assert clock.read() == {(1, "dispatch"): 35.0} and Clock.reached == Clock.now
 
 
 def test_memory_of_the_first_pass_after_arming(monkeypatch):
@@ -336,28 +427,35 @@ def test_memory_of_the_first_pass_after_arming(monkeypatch):
     run(1, "gate", "experts", "unpermute")
     run(2, "gate")
     run(1, *STAGES)
+    probe.arm(False)
+    run(3, *STAGES)
     assert probe.peaks == {1: 30, 2: 7} and next(readings, None) is None
 
 
-def test_memory_is_reported(install, monkeypatch):
+@pytest.mark.parametrize("first", [1, 7], ids=["new", "resumed"])
+def test_memory_is_reported(install, monkeypatch, first):
     size = iter(range(0, 2**40, 2**20))
     monkeypatch.setattr(profiling, "allocated_bytes", lambda: next(size))
     tracker, writer, built = install(), Writer(), layer(classes()[1])
-    for iteration in (1, 2):
+    for iteration in (first, first + 1):
         built(tokens())
         report(tracker, iteration, writer=writer)
-    assert ("xmoe/memory-MiB", 1) not in writer.scalars  # armed by the first report
+    looks = next(size)
+    built(tokens())  # disarmed by the second report
+    assert next(size) == looks + 2**20
+    assert ("xmoe/memory-MiB", first) not in writer.scalars  # armed by the first report
     ends = 9  # gate, permute, dispatch, permute in permute, unpermute, experts around these three, combine, unpermute
-    assert writer.scalars["xmoe/memory-MiB", 2] == writer.scalars["xmoe-memory-MiB/layer-001", 2] == ends
+    for tag in ("xmoe/memory-MiB", "xmoe-memory-MiB/layer-001"):
+        assert writer.scalars[tag, first + 1] == ends
 
 
 def test_extremes_of_ranks():
     """What the maximum over ranks means: the longest time with its rank, the shortest with its rank, most memory."""
-    bits, absent = metrics._RANK_BITS, metrics._ABSENT
+    bits, absent = figures.RANK_BITS, figures.ABSENT
     ranks = [(3_000_000, 0), (1_500_000, 7), (9_000_000, 5)]  # ns, rank
     slowest = max((ns << bits) + rank for ns, rank in ranks)
     fastest = max((-ns << bits) + rank for ns, rank in ranks)
-    named = metrics._named_extremes(np.array([[slowest, fastest, 3 * 2**20], [absent, absent, 0]]))
+    named = figures.named_extremes(np.array([[slowest, fastest, 3 * 2**20], [absent, absent, 0]]))
     assert {name: values[0].item() for name, values in named.items()} == {
         "alltoall-slowest-ms": 9.0, "alltoall-slowest-rank": 5.0, "alltoall-fastest-ms": 1.5,
         "alltoall-fastest-rank": 7.0, "memory-MiB": 3.0,
