@@ -30,7 +30,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works without an
 
 from megatron_xmoe.kernels import triton_activation as activation  # noqa: E402
 from megatron_xmoe.kernels import triton_balance as balance  # noqa: E402
-from megatron_xmoe.kernels import triton_bypass as bypass  # noqa: E402
 from megatron_xmoe.kernels import triton_grouped_gemm as gemm  # noqa: E402
 from megatron_xmoe.kernels import triton_rotary as rotary  # noqa: E402
 from megatron_xmoe.kernels import triton_router as router  # noqa: E402
@@ -177,32 +176,6 @@ def gemm_calls() -> None:
         gemm.weight_gradient(hidden, rows_, ends, empty(8, ffn, features, dtype=torch.float32), accumulate=True)
 
 
-def bypass_calls() -> None:
-    """Calls the index arithmetic of redundancy bypassing, with units of 4 and of 2 bytes and both kinds of weights."""
-    for tokens, per_token, ranks, width, local in ((4096, 8, 64, 8, 4), (1000, 6, 5, 3, 12), (100, 128, 2, 2, 64)):
-        total, experts = tokens * per_token, ranks * local
-        small, wide = ({"dtype": dtype} for dtype in (torch.int32, torch.int64))
-        inverse, expert_ids = empty(tokens, per_token, **small), empty(total, **small)
-        tables = empty(experts + 1, 3, **wide), empty(ranks + 1, **wide), empty(ranks + 1, **small)
-        for salt in (None, 2**61 + 5):
-            bins, positions, links = bypass.order_copies(inverse, expert_ids, *tables, width, salt)
-        counts = empty(ranks * width + 1, **wide)
-        number, pilots, words = bypass.number_copies(bins, positions, links, inverse, counts, width, 4)
-        by_bin, segment, rows = empty(ranks * width + 2, **wide), empty(total, **wide), empty(ranks * width, 3, **wide)
-        bypass.sources_of_rows(bins, number, by_bin, 10_000)
-        bypass.routes_of_rows(segment, words, by_bin, 10_000, 4)
-        bypass.parts_of_pilots(segment, words, rows, 0, 10_000, 1, width, 0)
-        bypass.add_forwarded(segment, segment, words, rows)
-        for unit, dtype in product((torch.int32, torch.int16), (torch.float32, torch.float64)):
-            word, weight = 4 // unit.itemsize, dtype.itemsize // unit.itemsize
-            units, weights, ends = empty(10**6, dtype=unit), empty(total, dtype=dtype), empty(experts, **wide)
-            lists, records = empty(ranks * width + 2, word, **wide), empty(experts, word + weight, **wide)
-            bypass.write_meta(units, bins, number, pilots, lists, words, weights, expert_ids, records)
-            bypass.read_lists(units, ends, lists, total)
-            bypass.read_routes(units, ends, records, ends, total, width, 4, dtype)
-            bypass.write_weights(units, segment, weights, empty(experts, weight, **wide), word + weight)
-
-
 def router_calls() -> None:
     """Calls the router's functions: each way to score, with and without groups, bias, padding and losses."""
     for dtype, tokens, sequences, rule, biased, padded, losses in (
@@ -242,7 +215,6 @@ def launches(target: str) -> list[Launch]:
         activation_calls()
         rotary_calls()
         gemm_calls()
-        bypass_calls()
         router_calls()
     return list(recorder.launches)
 
