@@ -1,8 +1,5 @@
-// megatron_xmoe._C: the kernels as functions on torch tensors, the only file here that knows torch. Contiguous tensors
-// of one device; `stream` is the raw handle of the device's current stream (0 on the CPU).
-#include <ATen/ATen.h>
-#include <ATen/Parallel.h>
-#include <c10/core/DeviceGuard.h>
+// megatron_xmoe._C: the kernels as functions on torch tensors. Only the bindings and arguments.h know torch. Contiguous
+// tensors of one device; `stream` is the raw handle of the device's current stream (0 on the CPU).
 #include <torch/csrc/utils/pybind.h>
 
 #ifdef __linux__
@@ -11,25 +8,23 @@
 #endif
 #include <tuple>
 
+#include "arguments.h"
 #include "cpu/routes.h"
 #include "cpu/rows.h"
 #include "facts.h"
 #include "routes.h"
 #include "rows.h"
-#ifdef XMOE_WITH_GPU
-#include "runtime.h"
-#endif
 
 namespace {
 
 using at::Tensor;
+using xmoe::check;
 using xmoe::Float;
 using xmoe::Index;
+using xmoe::launch;
+using xmoe::parallel;
+using xmoe::require;
 using OptionalTensor = std::optional<Tensor>;
-
-void parallel(int64_t n, int64_t grain, const std::function<void(int64_t, int64_t)>& body) {
-    at::parallel_for(0, n, grain, body);
-}
 
 Float float_type(const Tensor& x) {
     switch (x.scalar_type()) {
@@ -49,15 +44,6 @@ Index index_of(const Tensor& x) {
 }
 
 at::ScalarType accumulator(const Tensor& x) { return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat; }
-
-// One of the arguments: contiguous, of `dim` dimensions, on the device of the first one.
-void check(const char* name, const Tensor& x, int64_t dim, const Tensor& first) {
-    TORCH_CHECK_VALUE(x.dim() == dim && x.is_contiguous() && x.device() == first.device(), name, " has shape ",
-                      x.sizes(), ", strides ", x.strides(), " and device ", x.device(), "; it must be contiguous, of ",
-                      dim, " dimension(s), on ", first.device());
-}
-
-void require(const char* rule, bool kept) { TORCH_CHECK_VALUE(kept, rule); }
 
 // Memory for rows. On a CPU a large result is new memory, and most of the time would go into its faults, one per 4 KiB.
 // Huge pages have 512 times fewer, but the kernel must not have to make room for them: that takes even longer.
@@ -94,24 +80,6 @@ void check_below(const Tensor& index, int64_t rows) {
 inline void check_experts(int64_t count) {
     TORCH_CHECK_VALUE(count <= xmoe::kMaxExperts, count, " experts (times sources); the GPU kernels take at most ",
                       xmoe::kMaxExperts, ": pin the kernels triton or reference (--xmoe-kernels, XMOE_KERNELS)");
-}
-
-// Calls cpu() or, for a GPU's tensors, gpu(stream).
-template <typename Cpu, typename Gpu>
-void launch(const Tensor& first, int64_t stream, Cpu cpu, Gpu gpu) {
-    if (first.is_cpu()) {
-        cpu();
-        return;
-    }
-#ifdef XMOE_WITH_GPU
-    TORCH_CHECK_VALUE(first.is_cuda(), "tensors are on ", first.device(), "; the kernels run on CPU and CUDA or HIP");
-    const c10::DeviceGuard guard(first.device());
-    gpu(reinterpret_cast<xmoe::gpuStream_t>(stream));
-    const char* error = xmoe::last_error();  // of the launch; what happens later is torch's to find
-    TORCH_CHECK(!error, "kernel launch: ", error);
-#else
-    TORCH_CHECK_VALUE(false, "tensors are on ", first.device(), "; megatron_xmoe._C was built for the CPU only");
-#endif
 }
 
 Tensor gather_rows(const Tensor& x, const Tensor& index, int64_t stream) {
@@ -315,6 +283,8 @@ pybind11::dict build_facts() {
 
 }  // namespace
 
+void define_bypass(pybind11::module_& m);  // bindings_bypass.cpp
+
 PYBIND11_MODULE(_C, m) {
     const auto released = pybind11::call_guard<pybind11::gil_scoped_release>();
     m.def("gather_rows", &gather_rows, released);
@@ -325,4 +295,5 @@ PYBIND11_MODULE(_C, m) {
     m.def("map_to_ids", &map_to_ids, released);
     m.def("merge_order", &merge_order, released);
     m.def("build_facts", &build_facts);
+    define_bypass(m);
 }

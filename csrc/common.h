@@ -18,6 +18,9 @@ namespace xmoe {
 
 #ifdef USE_ROCM
 using gpuStream_t = hipStream_t;
+inline void fill_bytes(void* at, int byte, size_t bytes, gpuStream_t stream) {
+    (void)hipMemsetAsync(at, byte, bytes, stream);  // what goes wrong is found by last_error
+}
 constexpr int kLeastWarpsOf256 = 4;  // waves of 64 lanes on CDNA; RDNA has twice as many of 32
 using lane_mask = uint64_t;  // one bit per lane of a wave of up to 64
 __device__ inline lane_mask ballot(bool yes) { return __ballot(yes); }
@@ -33,6 +36,9 @@ __device__ inline void sync_warp() {
 }
 #else
 using gpuStream_t = cudaStream_t;
+inline void fill_bytes(void* at, int byte, size_t bytes, gpuStream_t stream) {
+    cudaMemsetAsync(at, byte, bytes, stream);  // what goes wrong is found by last_error
+}
 constexpr int kLeastWarpsOf256 = 8;
 using lane_mask = uint32_t;
 __device__ inline lane_mask ballot(bool yes) { return __ballot_sync(0xffffffffu, yes); }

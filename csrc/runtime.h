@@ -1,4 +1,4 @@
-// The host side of the GPU runtime, under one name for CUDA and HIP: all that bindings.cpp needs. Device code includes
+// The host side of the GPU runtime, under one name for CUDA and HIP: all that the bindings need. Device code includes
 // common.h instead.
 #pragma once
 

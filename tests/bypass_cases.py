@@ -214,14 +214,3 @@ def run_passages(
             if case in repeated:
                 results[case]["recomputed"] = run_pass(case, dispatcher_of(case, "rbd", rank), rank, checkpointed=True)
     return results
-
-
-def run_interpreted(cases: list[Passage]) -> dict:
-    """`run_passages` with redundancy bypassing, in a process whose environment asks for Triton and its interpreter."""
-    from interpreter import mend_interpreter
-
-    from megatron_xmoe.kernels.registry import triton_is_usable
-
-    mend_interpreter()
-    assert triton_is_usable("cpu", "bypass")
-    return run_passages(cases, kinds=("rbd",))

@@ -30,8 +30,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works without an
 
 from megatron_xmoe.kernels import triton_activation as activation  # noqa: E402
 from megatron_xmoe.kernels import triton_balance as balance  # noqa: E402
-from megatron_xmoe.kernels import triton_bypass as bypass  # noqa: E402
 from megatron_xmoe.kernels import triton_grouped_gemm as gemm  # noqa: E402
+from megatron_xmoe.kernels import triton_rotary as rotary  # noqa: E402
 from megatron_xmoe.kernels import triton_router as router  # noqa: E402
 from megatron_xmoe.kernels import triton_routes as routes  # noqa: E402
 from megatron_xmoe.kernels import triton_rows as rows  # noqa: E402
@@ -149,6 +149,20 @@ def activation_calls() -> None:
         activation.activate_backward(hidden, weights, grad, kind, gated)
 
 
+def rotary_calls() -> None:
+    """Calls the rotary embedding: all orders of pairs, whole and part of a head, a view of a fused projection."""
+    for (dtype, heads, size, rotated, scale), (paired, paired_result), backward in product(
+        ((torch.bfloat16, 16, 128, 128, 1.0), (torch.float16, 1, 64, 64, 1.2), (torch.float32, 20, 96, 50, 1.0)),
+        ((False, False), (True, True), (True, False)),
+        (False, True),
+    ):
+        x = empty(2048, 4, heads, 3 * size, dtype=dtype)[..., :size]
+        angles = empty(2048, 1, 1, rotated, dtype=torch.float32)
+        rotary.rotate(x, angles, paired, paired_result, scale, backward)
+    angles_of_all, spread = empty(2048, 4, 1, rotated, dtype=torch.float32), empty(2048, 4, size, heads, dtype=dtype)
+    rotary.rotate(spread.transpose(2, 3), angles_of_all, True, False)
+
+
 def gemm_calls() -> None:
     """Calls the experts' matrix products: with sizes for every way of moving tiles."""
     for dtype, features, ffn in ((torch.bfloat16, 2048, 768), (torch.float16, 1001, 99), (torch.float32, 2048, 768)):
@@ -160,32 +174,6 @@ def gemm_calls() -> None:
         gemm.multiply(hidden, weight, ends, empty(4096, dtype=torch.int32), transposed=True)
         gemm.weight_gradient(hidden, rows_, ends)
         gemm.weight_gradient(hidden, rows_, ends, empty(8, ffn, features, dtype=torch.float32), accumulate=True)
-
-
-def bypass_calls() -> None:
-    """Calls the index arithmetic of redundancy bypassing, with units of 4 and of 2 bytes and both kinds of weights."""
-    for tokens, per_token, ranks, width, local in ((4096, 8, 64, 8, 4), (1000, 6, 5, 3, 12), (100, 128, 2, 2, 64)):
-        total, experts = tokens * per_token, ranks * local
-        small, wide = ({"dtype": dtype} for dtype in (torch.int32, torch.int64))
-        inverse, expert_ids = empty(tokens, per_token, **small), empty(total, **small)
-        tables = empty(experts + 1, 3, **wide), empty(ranks + 1, **wide), empty(ranks + 1, **small)
-        for salt in (None, 2**61 + 5):
-            bins, positions, links = bypass.order_copies(inverse, expert_ids, *tables, width, salt)
-        counts = empty(ranks * width + 1, **wide)
-        number, pilots, words = bypass.number_copies(bins, positions, links, inverse, counts, width, 4)
-        by_bin, segment, rows = empty(ranks * width + 2, **wide), empty(total, **wide), empty(ranks * width, 3, **wide)
-        bypass.sources_of_rows(bins, number, by_bin, 10_000)
-        bypass.routes_of_rows(segment, words, by_bin, 10_000, 4)
-        bypass.parts_of_pilots(segment, words, rows, 0, 10_000, 1, width, 0)
-        bypass.add_forwarded(segment, segment, words, rows)
-        for unit, dtype in product((torch.int32, torch.int16), (torch.float32, torch.float64)):
-            word, weight = 4 // unit.itemsize, dtype.itemsize // unit.itemsize
-            units, weights, ends = empty(10**6, dtype=unit), empty(total, dtype=dtype), empty(experts, **wide)
-            lists, records = empty(ranks * width + 2, word, **wide), empty(experts, word + weight, **wide)
-            bypass.write_meta(units, bins, number, pilots, lists, words, weights, expert_ids, records)
-            bypass.read_lists(units, ends, lists, total)
-            bypass.read_routes(units, ends, records, ends, total, width, 4, dtype)
-            bypass.write_weights(units, segment, weights, empty(experts, weight, **wide), word + weight)
 
 
 def router_calls() -> None:
@@ -219,13 +207,14 @@ def launches(target: str) -> list[Launch]:
         mock.patch.object(JITFunction, "run", run),
         mock.patch.object(torch.version, "hip", "some version" if is_hip else None),
         mock.patch.object(rows, "warp_size", lambda device: warp),
+        mock.patch.object(rotary, "warp_size", lambda device: warp),
         mock.patch.object(gemm, "has_tma", lambda device: not is_hip),
     ):
         row_calls()
         route_calls()
         activation_calls()
+        rotary_calls()
         gemm_calls()
-        bypass_calls()
         router_calls()
     return list(recorder.launches)
 

@@ -151,7 +151,7 @@ def measured_redundancy(ranks: int, node_size: int, topk: int = MANY_TOPK, exper
     ids = torch.rand(MEASURED_TOKENS, experts, generator=generator).topk(topk).indices
     places = Places.of(node_of, 0, local, "cpu")
     copies = choose_copies(build_routes(ids, torch.ones(ids.shape), experts), places, 1)
-    sent = copies.counts[:-1].view(ranks, node_size)[torch.arange(ranks), torch.from_numpy(places.local_of)]
+    sent = copies.told[0, :, :node_size][torch.arange(ranks), torch.from_numpy(places.local_of)]
     rows = int(sent[torch.from_numpy(places.remote)].sum())
     return 1 - rows / int((ids >= node_size * local).sum())
 

@@ -8,12 +8,14 @@ from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
 from megatron_xmoe.dispatch import bypass_plan
-from megatron_xmoe.dispatch.bypass_plan import Found, Plan, spare_rows
+from megatron_xmoe.dispatch.bypass_plan import Found, Plan
+from megatron_xmoe.dispatch.bypass_tables import spare_rows
 from megatron_xmoe.dispatch.exchange import Pending, start_exchange
 from megatron_xmoe.dispatch.layout import Splits
-from megatron_xmoe.ops import gather_rows, gather_sum
+from megatron_xmoe.ops import gather_sum
 from megatron_xmoe.ops.bypass import Numbered
 from megatron_xmoe.ops.raw_bits import wire_dtype
+from megatron_xmoe.ops.rows import take_rows
 
 
 @dataclass(frozen=True)
@@ -71,15 +73,13 @@ def start_dispatch(
     Args: tokens [T, H]; weights [N] of the routes in expert order; what was chosen for them; whether the copies are
         sent while the pilots are.
     """
-    tables = plan.there
-    layout = tables.layout
+    layout = plan.dispatching
     to_nodes = sum(layout.between.sent)
     total = to_nodes + sum(layout.inside[0].sent)
-    outgoing = gather_rows(tokens, bypass_plan.rows_to_send(plan, tables, total))
-    bypass_plan.write_meta(outgoing, weights.to(wire_dtype(weights.dtype)), copies, plan, total)
+    outgoing = take_rows(tokens, bypass_plan.rows_to_send(plan, plan.out.sends, total))
+    bypass_plan.write_meta(outgoing, weights.to(wire_dtype(weights.dtype)), copies, plan)
     first, inside, end = layout.at_experts
     rows = tokens.new_empty(end, tokens.shape[1])
-    rows[:first] = tokens
     between = links.between(rows[first:inside], outgoing[:to_nodes], layout.between)
     if not overlap:
         between.wait()
@@ -87,6 +87,7 @@ def start_dispatch(
     own = links.inside(rows[inside:own_end], outgoing[to_nodes:total], layout.inside[0])
     if not overlap:
         own.wait()
+    rows[:first] = tokens
     return Underway(rows, between, own)
 
 
@@ -96,20 +97,17 @@ def finish_dispatch(underway: Underway, plan: Plan, links: Links, dtype: torch.d
 
     Args: `dtype` of the routing weights.
     """
-    rows, tables = underway.rows, plan.there
-    layout = tables.layout
+    rows, layout = underway.rows, plan.dispatching
     _, inside, end = layout.at_experts
     own_end = inside + sum(layout.inside[0].received)
+    tables = plan.there  # made while the rows are on their way
     underway.between.wait()
-    lists = bypass_plan.read_lists(plan, rows)
-    pilots = tables.list_rows[:, 1][lists[0]] + lists[1]
-    forwarded = links.inside(rows[own_end:end], gather_rows(rows[:inside], pilots), layout.inside[1])
+    *lists, pilots = bypass_plan.read_lists(plan, tables, rows)
+    forwarded = links.inside(rows[own_end:end], take_rows(rows[:inside], pilots), layout.inside[1])
     underway.own.wait()
-    *routes, weights = bypass_plan.read_routes(plan, rows, wire_dtype(dtype))
-    found = Found(*routes, *lists)
-    index = bypass_plan.rows_of_routes(found, tables)
+    *routes, index, weights = bypass_plan.read_routes(plan, tables, rows)
     forwarded.wait()
-    return Arrived(gather_rows(rows, index), weights.to(dtype), found)
+    return Arrived(take_rows(rows, index), weights.to(dtype), Found(*routes, *lists))
 
 
 def spread(tokens: Tensor, plan: Plan, found: Found, links: Links) -> Tensor:
@@ -117,16 +115,16 @@ def spread(tokens: Tensor, plan: Plan, found: Found, links: Links) -> Tensor:
     tables = plan.back
     layout = tables.layout
     _, inside, back, total = layout.at_tokens
-    index = bypass_plan.rows_to_send(plan, tables, total)
+    index = bypass_plan.rows_to_send(plan, tables.sends, total)
     first, _, end = layout.at_experts
     rows = tokens.new_empty(end, tokens.shape[1])
+    between = links.between(rows[first:inside], take_rows(tokens, index[back:total]), layout.between)
     rows[:first] = tokens
-    between = links.between(rows[first:inside], gather_rows(tokens, index[back:total]), layout.between)
-    bypass_plan.add_forwarded(index, plan, found, tables)
-    of_routes = bypass_plan.rows_of_routes(found, tables)
+    bypass_plan.add_forwarded(index, plan, found)
+    of_routes = bypass_plan.rows_of_routes(plan, found)
     between.wait()
-    links.inside(rows[inside:], gather_rows(rows[:inside], index[inside:back]), layout.inside[0]).wait()
-    return gather_rows(rows, of_routes)
+    links.inside(rows[inside:], take_rows(rows[:inside], index[inside:back]), layout.inside[0]).wait()
+    return take_rows(rows, of_routes)
 
 
 def collect(
@@ -160,7 +158,7 @@ def collect(
     sums = gather_sum(gathered, of_tokens)
     if weights is None:
         return sums, None
-    return sums, bypass_plan.returned_weights(plan, gathered, weights.dtype)
+    return sums, bypass_plan.returned_weights(plan, gathered)
 
 
 class Dispatch(torch.autograd.Function):

@@ -9,6 +9,7 @@ the largest node.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
@@ -17,7 +18,7 @@ from numpy import ndarray
 from torch import Tensor
 
 from megatron_xmoe.ops import Routes
-from megatron_xmoe.ops.bypass import NO_NODE, NODE_BIT, Numbered, number_copies
+from megatron_xmoe.ops.bypass import NO_NODE, NODE_BIT, Numbered, operation
 
 PilotRule = Literal["balanced", "first"]
 
@@ -29,8 +30,8 @@ class Places:
     rank: int
     """The rank that looks, in the group."""
 
-    members: tuple[int, ...]
-    """Ranks of its node, ascending."""
+    members: ndarray
+    """[J] int64: ranks of its node, ascending."""
 
     width: int
     """R, the ranks of the largest node."""
@@ -45,8 +46,8 @@ class Places:
     """L."""
 
     experts: Tensor
-    """[E + 1, 3], see `number_copies`. Other nodes have their number as node of a key; each rank of this node counts as
-    a node of its own, because nothing is forwarded there."""
+    """[E + 1, 3], see `number_copies` of `kernels.reference_bypass`. Other nodes have their number as node of a key;
+    each rank of this node counts as a node of its own, because nothing is forwarded there."""
 
     bin_of: Tensor
     """[G + 1], see `number_copies`."""
@@ -58,7 +59,7 @@ class Places:
     """[G * R] int64: where a table [G * R] of what each rank forwards to each of its node has what a rank receives from
     each of its node; where there is nothing, the entry of this rank's copies for itself, which is always 0."""
 
-    @property
+    @cached_property
     def local(self) -> int:
         """Place of the rank among those of its node."""
         return int(self.local_of[self.rank])
@@ -68,10 +69,22 @@ class Places:
         """G."""
         return len(self.node_of)
 
-    @property
+    @cached_property
     def remote(self) -> ndarray:
         """[G] bool: ranks of other nodes."""
         return self.node_of != self.node_of[self.rank]
+
+    @cached_property
+    def own_bins(self) -> ndarray:
+        """[G] int64: bin of the pilots of each rank, and of copies for ranks of this node."""
+        return np.arange(self.ranks) * self.width + self.local_of
+
+    @cached_property
+    def forwarded_to(self) -> ndarray:
+        """[2, G, R] bool: the places to which another rank forwards rows, all but its own; then, for every rank, those
+        to which this rank does."""
+        to = np.arange(self.width) != self.local_of[:, None]
+        return np.stack([to, np.broadcast_to(to[self.rank], to.shape)])
 
     @classmethod
     def of(cls, node_of: tuple[int, ...], rank: int, experts_per_rank: int, device: torch.device | str) -> "Places":
@@ -92,7 +105,7 @@ class Places:
         bin_of[rank] = (ranks - rank) * width
         return cls(
             rank=rank,
-            members=tuple(nodes[rank]),
+            members=np.array(nodes[rank]),
             width=width,
             node_of=np.array(node_of),
             local_of=local_of,
@@ -105,17 +118,18 @@ class Places:
 
 
 def choose_copies(routes: Routes, places: Places, salt: int | None) -> Numbered:
-    """Choose pilots and number all copies.
+    """Choose pilots, number all copies, and count them for the other ranks.
 
     Args:
         routes: of this rank's tokens; dropped ones have no copy.
         places: of the group.
         salt: of the hash that chooses pilots, by layer and rank; None takes the first rank of the node.
     """
-    return number_copies(
-        routes.inverse, routes.expert_ids, places.experts, places.bin_of, places.place_of, places.width,
-        most_routes(places, routes.inverse.shape[1]), salt,
+    numbered = operation("number_copies", routes.inverse)(
+        routes.inverse, routes.expert_ids, places.experts, places.bin_of, places.place_of, places.mirror,
+        routes.tokens_per_expert, places.width, most_routes(places, routes.inverse.shape[1]), salt,
     )  # fmt: skip
+    return Numbered(*numbered)
 
 
 def most_routes(places: Places, per_token: int) -> int:

@@ -17,8 +17,6 @@ from megatron_xmoe.dispatch.layout import Counts
 from megatron_xmoe.dispatch.pilots import PilotRule, Places, choose_copies, most_routes, salt_of
 from megatron_xmoe.dispatch.state import BypassState
 from megatron_xmoe.metrics import record_traffic, recording
-from megatron_xmoe.ops import Routes
-from megatron_xmoe.ops.bypass import Numbered
 from megatron_xmoe.ops.raw_bits import wire_dtype
 from megatron_xmoe.parallel_state import NodeTopology
 from megatron_xmoe.profiling import profiled
@@ -90,16 +88,21 @@ class RedundancyBypassDispatcher(PaddingFreeDispatcher):
             self.places = self._places(tokens.device)
         salt = salt_of(self.layer_number, self.ep_rank) if self.pilot == "balanced" else None
         copies = choose_copies(routes, self.places, salt)
-        *told, everywhere = self._exchange_counts(routes, copies)
-        counts = self._counts(*told, tokens, probs.dtype)
-        if recording():
-            record_traffic(self.layer_number, self._traffic(counts), counts.routes[0])
+        told, everywhere = self._exchange_counts(copies.told)
+        counts = Counts(
+            places=self.places,
+            tokens=tokens.shape[0],
+            row_bytes=tokens.shape[1] * tokens.element_size(),
+            weight_bytes=wire_dtype(probs.dtype).itemsize,
+            told=told,
+        )
+        sent = int(counts.route_sizes[0].sum())
         plan = Plan(
             counts=counts,
             places=self.places,
             bins=copies.bins,
             number=copies.number,
-            expert_ids=routes.expert_ids[: int(counts.routes[0].sum())],
+            expert_ids=routes.expert_ids[:sent],
             slots=most_routes(self.places, routes.inverse.shape[1]),
             arrival_order=self.tp_size > 1,  # ranks that share experts may reach them by different dispatchers
         )
@@ -111,7 +114,7 @@ class RedundancyBypassDispatcher(PaddingFreeDispatcher):
             copies=copies,
             **self.arrival_state(everywhere, tokens.device, ordered=self.tp_size == 1),
         )
-        return tokens, routes.combine_weights[: plan.sizes[0]]
+        return tokens, routes.combine_weights[:sent]
 
     def token_dispatch(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
         """Exchange tokens [T, H] and weights [N]; returns rows [M, H] and weights [M] of the routes to this rank.
@@ -124,9 +127,13 @@ class RedundancyBypassDispatcher(PaddingFreeDispatcher):
         underway = start_dispatch(
             hidden_states.detach(), probs.detach(), self.state.copies, plan, self.links, self.overlap
         )
+        # from here on the host has time: pilots are on the network
+        if recording():
+            record_traffic(self.layer_number, self._traffic(plan.counts), plan.counts.routes[0])
         if self.overlap and self.shared_experts is not None:
             self.shared_experts.linear_fc1_forward_and_act()
         arrived = finish_dispatch(underway, plan, self.links, probs.dtype)
+        plan.prepare_return()
         self.state = replace(self.state, copies=None, found=arrived.found)
         rows, weights = Dispatch.apply(hidden_states, probs, arrived, plan, self.links)
         if not self.overlap and self.shared_experts is not None:
@@ -155,43 +162,29 @@ class RedundancyBypassDispatcher(PaddingFreeDispatcher):
     def _places(self, device: torch.device | str) -> Places:
         return Places.of(self.topology.node_of, self.topology.rank, self.num_local_experts, device)
 
-    def _exchange_counts(self, routes: Routes, copies: Numbered) -> tuple[ndarray, ndarray, Tensor]:
-        """On the host: what this rank tells each [G, 2R + L] (see Counts), what each tells it, and the routes
+    def _exchange_counts(self, told: Tensor) -> tuple[ndarray, Tensor]:
+        """On the host: `told` [2, G, 2R + L] of `Numbered`, now with what each rank tells this one; and the routes
         [ETP, G, L] that its `sources` are told of, whose R can be others."""
-        places = self.places
-        table = copies.counts[:-1]
-        parts = table, table[places.mirror], routes.tokens_per_expert
-        sent = torch.cat([part.view(places.ranks, -1) for part in parts], dim=1)
-        received = torch.empty_like(sent)
-        dist.all_to_all_single(received, sent, group=self.ep_group)
-        everywhere = self.of_tensor_ranks(received[:, -self.num_local_experts :])
-        parts = sent, received, everywhere
-        flat = torch.cat([part.flatten() for part in parts]).cpu()  # the one host synchronisation of a pass
-        sizes = [part.numel() for part in parts]
-        on_cpu = [part.view(like.shape) for part, like in zip(flat.split(sizes), parts, strict=True)]
-        return *(part.numpy() for part in on_cpu[:2]), on_cpu[2]
-
-    def _counts(self, sent: ndarray, received: ndarray, tokens: Tensor, probs_dtype: torch.dtype) -> Counts:
-        return Counts(
-            places=self.places,
-            tokens=tokens.shape[0],
-            row_bytes=tokens.shape[1] * tokens.element_size(),
-            weight_bytes=wire_dtype(probs_dtype).itemsize,
-            sent=sent,
-            received=received,
-        )
+        dist.all_to_all_single(told[1], told[0], group=self.ep_group)
+        local, size = self.num_local_experts, told.numel()
+        if self.sources == 1:
+            on_host = told.cpu()  # the one host synchronisation of a pass
+            return on_host.numpy(), self.of_tensor_ranks(on_host[1, :, -local:])
+        everywhere = self.of_tensor_ranks(told[1, :, -local:])
+        on_host = torch.cat([told.flatten(), everywhere.flatten()]).cpu()  # the same
+        return on_host[:size].view(told.shape).numpy(), on_host[size:].view(everywhere.shape)
 
     def _traffic(self, counts: Counts) -> Traffic:
         remote = counts.places.remote
         other = np.arange(self.ep_size) != self.ep_rank
-        rows, routes = counts.rows[0], counts.routes[0].sum(1)
+        rows, routes = counts.rows[0], counts.route_sizes[0]
         # besides meta rows, each rank gets its counts
-        metadata = counts.meta_rows[0] * counts.row_bytes + counts.sent.shape[1] * counts.sent.itemsize
+        metadata = counts.meta_rows[0] * counts.row_bytes + counts.told.shape[2] * counts.told.itemsize
         return Traffic(
             routes=int(routes.sum()),
             routes_remote=int(routes[remote].sum()),
             inter_rows=int(rows[remote].sum()),
-            intra_rows=int(rows[~remote].sum() + counts.lists[1].sum()),
+            intra_rows=int(rows[~remote].sum() + counts.list_sizes[1].sum()),
             row_bytes=counts.row_bytes,
             inter_metadata=int(metadata[remote].sum()),
             intra_metadata=int(metadata[~remote & other].sum()),

@@ -1,8 +1,8 @@
 """Which implementation of routing and row movement is used: chosen once, by a written order, with a reason.
 
-Backends are modules with the functions of `kernels.reference`. `pin` (the training script's --xmoe-kernels) or the
-environment variable XMOE_KERNELS names one; otherwise the first of PREFERENCE that can run on the device is taken,
-except for the operations in FASTER.
+Backends are modules with the functions of `kernels.reference` and `kernels.reference_bypass`. `pin` (the training
+script's --xmoe-kernels) or the environment variable XMOE_KERNELS names one; otherwise the first of PREFERENCE that can
+run on the device is taken, except for the operations in FASTER.
 """
 
 import os
@@ -19,12 +19,10 @@ ENVIRONMENT = "XMOE_KERNELS"
 PREFERENCE = ("cpp", "triton", "reference")
 FASTER = {"sum_rows": "triton"}
 """Operations that another backend does faster than the first on NVIDIA GPUs (one H200, docs/benchmarks.md)."""
-ONLY_PINNED = {"bypass": "not measured on a GPU yet"}
-"""What Triton computes only where it is pinned, and plain torch with `auto`, and why; see `triton_is_usable`."""
 _MODULES = {
-    "cpp": ("cpp",),
-    "triton": ("triton_routes", "triton_rows"),
-    "reference": ("reference",),
+    "cpp": ("cpp", "cpp_bypass"),
+    "triton": ("triton_routes", "triton_rows", "reference_bypass"),
+    "reference": ("reference", "reference_bypass"),
 }
 
 
@@ -117,21 +115,16 @@ def _faster_elsewhere(pinned: str, device_type: str) -> list[str]:
     return [operation for operation, name in FASTER.items() if _candidate(name, device_type).usable]
 
 
-def triton_is_usable(device_type: str, part: str = "") -> bool:
-    """Whether Triton may compute what only it has a kernel for: it can run there, and plain torch was not asked for.
-
-    Args: part, its name if it may be in ONLY_PINNED.
-    """
-    return not why_not_triton(device_type, part)
+def triton_is_usable(device_type: str) -> bool:
+    """Whether Triton may compute what only it has a kernel for: it can run there, and plain torch was not asked for."""
+    return not why_not_triton(device_type)
 
 
-def why_not_triton(device_type: str, part: str = "", pinned: str = "auto") -> str:
+def why_not_triton(device_type: str, pinned: str = "auto") -> str:
     """The reason why `triton_is_usable` says no, or ''. Args: pinned, a backend that is about to be pinned."""
     pinned = pinned if pinned != "auto" else _pinned()
     if pinned == "reference":
         return "plain torch is asked for (--xmoe-kernels reference)"
-    if part in ONLY_PINNED and pinned != "triton":
-        return f"{part}: {ONLY_PINNED[part]}"
     found = _candidate("triton", device_type)
     return "" if found.usable else found.reason
 

@@ -21,13 +21,3 @@ def units_of(rows: Tensor) -> Tensor:
     """A buffer [R, H] as a flat array of units."""
     size = unit_bytes(rows.shape[1] * rows.element_size())
     return rows.view(-1).view(torch.int32 if size == 4 else torch.int16)
-
-
-def as_units(values: Tensor, unit: torch.dtype) -> Tensor:
-    """Numbers [...] as units [..., n]."""
-    return values.contiguous().unsqueeze(-1).view(unit)
-
-
-def read_units(units: Tensor, index: Tensor, dtype: torch.dtype) -> Tensor:
-    """Numbers [N] of `dtype`, whose units are at `index` [N, n]."""
-    return units[index].view(dtype).squeeze(1)

@@ -81,7 +81,7 @@ class RowsSource:
         return self.tensor if self.index is None else gather_rows(self.tensor, self.index, self.inverse)
 
 
-def take_rows(x: Tensor, index: Tensor | None, inverse: Tensor | None) -> Tensor:
+def take_rows(x: Tensor, index: Tensor | None, inverse: Tensor | None = None) -> Tensor:
     """gather_rows without a gradient; `index` None leaves x [R, H] as it is."""
     if index is None:
         return x

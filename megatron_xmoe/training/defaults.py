@@ -56,6 +56,7 @@ def adjust(args: argparse.Namespace, given: set[str], on_cpu: bool) -> list[str]
         UsageError: the user asked for something that cannot work here.
     """
     changes = Adjustments(args, given)
+    args.xmoe_rope_fusion = False
     if not _optional.transformer_engine().usable:
         _without_transformer_engine(changes)
     if on_cpu:
@@ -65,6 +66,9 @@ def adjust(args: argparse.Namespace, given: set[str], on_cpu: bool) -> list[str]
     if args.num_experts:
         _for_experts(changes)
     _for_the_loop(changes)
+    if not args.add_bias_linear and args.hidden_dropout == 0:
+        why = "no biases and no dropout: one addition is left, and calling what was compiled costs more"
+        changes.switch_off("bias_dropout_fusion", "--no-bias-dropout-fusion", why)
     return changes.lines
 
 
@@ -78,7 +82,9 @@ def _without_transformer_engine(changes: Adjustments) -> None:
         )
     if args.attention_backend == AttnBackend.fused:
         raise UsageError(f"--attention-backend fused needs Transformer Engine ({why}): use auto, flash or unfused")
-    changes.switch_off("apply_rope_fusion", "--no-rope-fusion", why)
+    # Megatron's switch means Transformer Engine's function; ours lies beneath it (platform/rotary.py)
+    args.xmoe_rope_fusion = args.apply_rope_fusion
+    args.apply_rope_fusion = False
     if _optional.apex_layer_norm().usable:
         return
     why += f", Apex: {_optional.apex_layer_norm().reason}"

@@ -3,7 +3,6 @@
 Every placement of ranks on nodes runs in one set of processes; what they computed and sent is compared here.
 """
 
-import importlib.util
 import os
 from dataclasses import replace
 from unittest import mock
@@ -11,8 +10,10 @@ from unittest import mock
 import harness
 import pytest
 import torch
-from bypass_cases import B, Passage, input_of, oracle, run_interpreted, run_passages
+from bypass_cases import B, Passage, input_of, oracle, run_passages
 from tolerances import RELATIVE_RMS, assert_close, assert_same, relative_rms_error
+
+from megatron_xmoe import _optional
 
 UNEVEN = (3, 1, 5, 2)
 TWO, INTERLEAVED, THREE_ONE, SINGLES = (0, 0, 1, 1), (0, 1, 0, 1), (0, 0, 0, 1), (0, 1, 2, 3)
@@ -84,8 +85,8 @@ def check_exchanges(case: Passage, rank: int, result: dict) -> None:
     forward, backward = result["rbd"]["forward"], result["rbd"]["backward"]
     alone = case.node_of.count(case.node_of[rank]) == 1  # a group of one exchanges nothing
     assert (len(forward[0]), len(backward[0])) == ((3, 2) if alone else (6, 4))
-    # two looks at what was transferred
-    assert forward[1] == ["cpu", "numpy", "numpy"] and backward[1] == []
+    # one look at what was transferred
+    assert forward[1] == ["cpu", "numpy"] and backward[1] == []
 
 
 def check_rows(case: Passage, rank: int, result: dict) -> None:
@@ -174,24 +175,21 @@ def rows_of(passes) -> list:
     return [call for call in calls if call.sent is not None]
 
 
-INTERPRETED = [
+UNCOMPILED = [
     Passage(THREE_ONE, 8, 3, (0, 0, 5, 0)),
     Passage(TWO, 8, 3, UNEVEN, capacity=0.6),
     Passage(TWO, 8, 3, UNEVEN, hidden=1, dtype=torch.bfloat16),  # units of two bytes
 ]
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
-def test_triton_gives_the_same_bits(computed):
-    """Whole passes with Triton's kernels, in its interpreter, against those with the others."""
-    with mock.patch.dict(os.environ, TRITON_INTERPRET="1", XMOE_KERNELS="triton"):
-        ranks = harness.run_distributed(run_interpreted, 4, INTERPRETED, timeout=600)
-    for case in INTERPRETED:
+@pytest.mark.skipif(not _optional.extension("cpu").usable, reason="there is plain torch only")
+def test_plain_torch_gives_the_same_bits(computed):
+    """Whole passes with indices by plain torch, against those by the compiled kernels."""
+    with mock.patch.dict(os.environ, XMOE_KERNELS="reference"):
+        ranks = harness.run_distributed(run_passages, 4, UNCOMPILED, (), ("rbd",), timeout=600)
+    for case in UNCOMPILED:
         for rank, (found, expected) in enumerate(zip((r[case]["rbd"] for r in ranks), computed[case], strict=True)):
-            names = ["arrived", "weights", "per_expert"]
-            if case.dtype != torch.bfloat16:  # the interpreter rounds by cutting off
-                names += ["output", "x", "probs", "matrices"]
-            for name in names:
+            for name in ("arrived", "weights", "per_expert", "output", "x", "probs", "matrices"):
                 assert_same(found[name], expected["rbd"][name])
             assert_same(found["pilots"][0], expected["rbd"]["pilots"][0])
             check_exchanges(case, rank, {"rbd": found})

@@ -1,17 +1,21 @@
 """tools/benchmark_dispatch.py on GPUs: results, rows on the wire, host synchronisations; in one node and over two.
 
-And the Triton kernels of redundancy bypassing on one GPU, against plain torch, bit for bit.
+And the index arithmetic of redundancy bypassing on one GPU, against plain torch on the CPU, bit for bit.
 """
 
-import importlib.util
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import bypass_kernel_cases as cases
 import pytest
 import torch
+
+from megatron_xmoe import _optional
+from megatron_xmoe.kernels import cpp_bypass, reference_bypass
 
 SCRIPT = Path(__file__).resolve().parents[2] / "tools" / "benchmark_dispatch.py"
 SHAPES = "512,4,32,256;64,1,8,64;256,8,8,128"
@@ -64,55 +68,56 @@ def moved(value, device: str):
     return value.to(device) if isinstance(value, torch.Tensor) else value
 
 
-def call(name: str, *args):
-    """A function of the kernels' module on the GPU, without a synchronisation; returns its result on the CPU."""
-    from megatron_xmoe.kernels import triton_bypass
+def caller(module: ModuleType) -> Callable:
+    """Calls its functions on the GPU, without a synchronisation; their results come back to the CPU."""
 
-    arguments = moved(args, "cuda")
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        result = getattr(triton_bypass, name)(*arguments)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    return moved(result, "cpu")
+    def call(name: str, *args):
+        arguments = moved(args, "cuda")
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            result = getattr(module, name)(*arguments)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        return moved(result, "cpu")
+
+    return call
 
 
-def write(name: str, target: torch.Tensor, *args) -> torch.Tensor:
-    """One that writes into its first argument, which is returned."""
-    target = target.cuda()
-    call(name, target, *args)
-    return target.cpu()
+def writer(module: ModuleType) -> Callable:
+    """The same for functions that write into their first argument, which is returned."""
+
+    def write(name: str, target: torch.Tensor, *args) -> torch.Tensor:
+        target = target.cuda()
+        caller(module)(name, target, *args)
+        return target.cpu()
+
+    return write
+
+
+def backends() -> list:
+    """Plain torch, and the compiled kernels where they are built for this GPU."""
+    built = _optional.extension("cuda")
+    skip = pytest.mark.skipif(not built.usable, reason=built.reason)
+    return [reference_bypass, pytest.param(cpp_bypass, marks=skip)]
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+@pytest.mark.parametrize("module", backends(), ids=lambda module: module.__name__.rpartition(".")[2])
 class TestBypassKernels:
-    """What tests/unit/test_triton_bypass.py runs in the interpreter, and larger cases."""
+    """What tests/unit/test_bypass_kernels.py runs on the CPU, and larger cases, against plain torch on the CPU."""
 
     @pytest.mark.parametrize("case", [*cases.CASES, *cases.LARGE], ids=str)
-    def test_copies(self, case):
-        cases.check_copies(call, case)
+    def test_copies(self, module, case):
+        cases.check_copies(caller(module), case)
 
     @pytest.mark.parametrize("case", [*cases.CASES, *cases.LARGE], ids=str)
-    def test_what_is_written(self, case):
-        cases.check_writing(call, write, case)
+    def test_what_is_written(self, module, case):
+        cases.check_writing(caller(module), writer(module), case)
 
     @pytest.mark.parametrize("sizes", cases.SEGMENTS + cases.MANY, ids=lambda sizes: f"{len(sizes)} of {sum(sizes)}")
-    def test_what_is_read(self, sizes):
-        cases.check_reading(call, write, sizes)
+    def test_what_is_read(self, module, sizes):
+        cases.check_reading(caller(module), writer(module), sizes)
 
     @pytest.mark.parametrize("sizes", cases.SEGMENTS + cases.MANY, ids=lambda sizes: f"{len(sizes)} of {sum(sizes)}")
-    def test_tables(self, sizes):
-        cases.check_tables(call, write, sizes)
-
-    @pytest.mark.parametrize("case", [*cases.CASES, *cases.LARGE], ids=str)
-    def test_plain_torch_on_the_gpu(self, case):
-        """The path of `auto` gives the CPU's bits, too."""
-        routes, places, expected = cases.chosen(case)
-        tables = moved((routes.inverse, routes.expert_ids, places.experts, places.bin_of, places.place_of), "cuda")
-        salt, slots = cases.salt_of(3, 1) if case.balanced else None, cases.most_routes(places, case.topk)
-        found = cases.bypass.number_copies(*tables, places.width, slots, salt)
-        kept = int(routes.tokens_per_expert.sum())
-        for name in ("bins", "number", "pilot_number", "counts"):
-            cases.assert_same(getattr(found, name).cpu(), getattr(expected, name))
-        cases.assert_same(found.words[:kept].cpu(), expected.words[:kept])
+    def test_tables(self, module, sizes):
+        cases.check_tables(caller(module), writer(module), sizes)

@@ -50,7 +50,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         ),
     ),
     # names Megatron's symbols as strings; only the version is looked up, for an error message
-    "platform": ("torch", "megatron.core.package_info"),
+    "platform": ("torch", "megatron.core.package_info", *ours("ops")),
     "training": (
         *("torch", "numpy", "megatron.core", "megatron.training"),
         # for defaults, and for the start-up report, which says why

@@ -8,9 +8,9 @@ from tolerances import assert_same
 
 from megatron_xmoe.dispatch.layout import Counts, Layout
 from megatron_xmoe.dispatch.pilots import Places, choose_copies, salt_of
+from megatron_xmoe.kernels.reference_bypass import as_units, read_units, read_words
 from megatron_xmoe.ops import build_routes
-from megatron_xmoe.ops.bypass import read_words
-from megatron_xmoe.ops.raw_bits import as_units, read_units, unit_bytes, units_of
+from megatron_xmoe.ops.raw_bits import unit_bytes, units_of
 
 PLACEMENTS = [(0, 0, 1, 1), (0, 1, 0, 1), (0, 0, 0, 1), (0, 0, 0, 1, 1, 1, 1, 1), (0, 1, 2, 0, 1, 2), (0, 0, 1)]
 SIZES = [(1, 1), (1, 3), (3, 2), (2, 6), (4, 8)]  # experts of a rank, experts of a token
@@ -106,7 +106,7 @@ def check_counts(copies, sent, forwarded, node_of, places) -> None:
         expected[target, places.local_of[target]] += 1
     for pilot, rank, _ in forwarded:
         expected[pilot, places.local_of[rank]] += 1
-    assert_same(copies.counts[:-1].view_as(expected), expected)
+    assert_same(copies.told[0, :, : places.width], expected)
 
 
 def pilots(copies) -> list[list[int]]:
@@ -147,11 +147,11 @@ def world_of_counts(node_of, local, topk, row_bytes=64, weight_bytes=4) -> list[
     told = []
     for rank in range(len(node_of)):
         copies, routes, _, places = copies_of(node_of, local, topk, tokens=3 + 2 * rank, rank=rank)
-        parts = copies.counts[:-1], copies.counts[places.mirror], routes.tokens_per_expert
-        told.append(torch.cat([part.view(len(node_of), -1) for part in parts], dim=1))
+        assert_same(copies.told[0, :, 2 * places.width :], routes.tokens_per_expert.view(len(node_of), -1))
+        told.append(copies.told[0])
     return [
-        Counts(Places.of(node_of, rank, local, "cpu"), 3 + 2 * rank, row_bytes, weight_bytes, told[rank].numpy(),
-               torch.stack([one[rank] for one in told]).numpy())
+        Counts(Places.of(node_of, rank, local, "cpu"), 3 + 2 * rank, row_bytes, weight_bytes,
+               torch.stack([told[rank], torch.stack([one[rank] for one in told])]).numpy())
         for rank in range(len(node_of))
     ]  # fmt: skip
 
@@ -161,7 +161,7 @@ def world_of_counts(node_of, local, topk, row_bytes=64, weight_bytes=4) -> list[
 @pytest.mark.parametrize("node_of", PLACEMENTS, ids=str)
 def test_ranks_agree_on_sizes(node_of, local, topk, together, meta):
     """What a rank sends to another is what that one receives from it, in every exchange."""
-    layouts = [Layout.of(counts, together, meta) for counts in world_of_counts(node_of, local, topk)]
+    layouts = [Layout(counts, together, meta) for counts in world_of_counts(node_of, local, topk)]
     for s, sender in enumerate(layouts):
         for d, receiver in enumerate(layouts):
             assert sender.between.sent[d] == receiver.between.received[s]
@@ -177,7 +177,7 @@ def test_sections_do_not_overlap(node_of):
     """At the experts, every row belongs to one copy or is a meta row, and the sections are filled to the last row."""
     for together in (False, True):
         for counts in world_of_counts(node_of, 2, 3):
-            layout, places = Layout.of(counts, together, meta=True), counts.places
+            layout, places = Layout(counts, together, meta=True), counts.places
             taken = Counter(range(counts.tokens))
             for source in range(len(node_of)):
                 for place in range(len(places.members)):

@@ -1,0 +1,197 @@
+// Redundancy bypassing's index arithmetic as functions on torch tensors, see bindings.cpp. The callers make all indices
+// and tables, so their values are not checked. Types are: these are raw pointers to numbers of a certain size.
+#include <torch/csrc/utils/pybind.h>
+
+#include <tuple>
+
+#include "arguments.h"
+#include "bypass.h"
+#include "cpu/parallel.h"
+
+namespace {
+
+using at::Tensor;
+using xmoe::check;
+using xmoe::require;
+using xmoe::Units;
+
+const int64_t* longs(const char* name, const Tensor& x, int64_t dim, const Tensor& first) {
+    check(name, x, dim, first);
+    TORCH_CHECK_VALUE(x.scalar_type() == at::kLong, name, " has dtype ", x.scalar_type(), "; it must be int64");
+    return x.const_data_ptr<int64_t>();
+}
+
+const int32_t* ints(const char* name, const Tensor& x, int64_t dim, const Tensor& first) {
+    check(name, x, dim, first);
+    TORCH_CHECK_VALUE(x.scalar_type() == at::kInt, name, " has dtype ", x.scalar_type(), "; it must be int32");
+    return x.const_data_ptr<int32_t>();
+}
+
+Tensor new_longs(at::IntArrayRef sizes, const Tensor& like) { return at::empty(sizes, like.options().dtype(at::kLong)); }
+Tensor new_ints(at::IntArrayRef sizes, const Tensor& like) { return at::empty(sizes, like.options().dtype(at::kInt)); }
+
+// Calls body(stream) with the caller's loop for the CPU, or the GPU's stream.
+template <typename Body>
+void on_device(const Tensor& first, int64_t stream, Body body) {
+    const xmoe::cpu::Parallel loop = xmoe::parallel;
+    xmoe::launch(first, stream, [&] { body(loop); }, body);
+}
+
+Units units_of(const Tensor& units, int64_t weight_bytes, const Tensor& first) {
+    check("units", units, 1, first);
+    const int64_t bytes = units.element_size();
+    require("units must be of 2 or 4 bytes", bytes == 2 || bytes == 4);
+    require("weights must be of 4 or 8 bytes", weight_bytes == 4 || weight_bytes == 8);
+    return {4 / bytes, weight_bytes / bytes, bytes};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> number_copies(
+    const Tensor& inverse, const Tensor& expert_ids, const Tensor& experts, const Tensor& bin_of,
+    const Tensor& place_of, const Tensor& mirror, const Tensor& tokens_per_expert, int64_t width, int64_t slots,
+    std::optional<int64_t> salt, int64_t stream) {
+    const int64_t T = inverse.size(0), K = inverse.size(1), G = bin_of.size(0) - 1, E = experts.size(0) - 1;
+    const xmoe::Choice choice{ints("inverse", inverse, 2, inverse), ints("expert_ids", expert_ids, 1, inverse),
+                              longs("experts", experts, 2, inverse), longs("bin_of", bin_of, 1, inverse),
+                              ints("place_of", place_of, 1, inverse), longs("mirror", mirror, 1, inverse),
+                              longs("tokens_per_expert", tokens_per_expert, 1, inverse), T, K, E, G * width, width,
+                              slots, salt.value_or(0), salt.has_value()};
+    require("a token has too many routes", K <= xmoe::kMostPerToken);
+    Tensor bins = new_longs({T, K}, inverse), number = at::empty_like(inverse), pilot_number = at::empty_like(inverse);
+    Tensor words = new_ints({T * K}, inverse), told = new_longs({2, G, 2 * width + E / G}, inverse);
+    if (T * K == 0) return {bins, number, pilot_number, words, told.zero_()};
+    const xmoe::Copies copies{bins.data_ptr<int64_t>(), number.data_ptr<int32_t>(), pilot_number.data_ptr<int32_t>(),
+                              words.data_ptr<int32_t>(), told.data_ptr<int64_t>()};
+    Tensor scratch = at::empty({xmoe::copies_scratch_bytes(choice)}, inverse.options().dtype(at::kByte));
+    on_device(inverse, stream, [&](auto s) { xmoe::number_copies(choice, copies, scratch.data_ptr(), s); });
+    return {bins, number, pilot_number, words, told};
+}
+
+Tensor sources_of_rows(const Tensor& bins, const Tensor& number, const Tensor& table, int64_t rows, int64_t stream) {
+    const int64_t* of = longs("bins", bins, 2, bins);
+    const int32_t* at = ints("number", number, 2, bins);
+    const int64_t* first = longs("table", table, 1, bins);
+    Tensor sources = new_longs({rows}, bins);
+    on_device(bins, stream, [&](auto s) {
+        xmoe::sources_of_rows(of, at, first, table.size(0) - 1, bins.size(0), bins.size(1), rows,
+                              sources.data_ptr<int64_t>(), s);
+    });
+    return sources;
+}
+
+void write_meta(const Tensor& units, const Tensor& bins, const Tensor& number, const Tensor& pilot_number,
+                const Tensor& list_out, const Tensor& words, const Tensor& weights, const Tensor& expert_ids,
+                const Tensor& routes_out, int64_t experts_per_rank, int64_t stream) {
+    check("weights", weights, 1, units);
+    require("there must be an expert and a word for each weight",
+            expert_ids.size(0) >= weights.size(0) && words.size(0) >= weights.size(0));
+    const Units of = units_of(units, weights.element_size(), units);
+    const xmoe::Meta meta{units.data_ptr(), longs("bins", bins, 2, units), ints("number", number, 2, units),
+                          ints("pilot_number", pilot_number, 2, units), longs("list_out", list_out, 1, units),
+                          ints("words", words, 1, units), weights.const_data_ptr(),
+                          ints("expert_ids", expert_ids, 1, units), longs("routes_out", routes_out, 1, units),
+                          list_out.size(0) - 1, experts_per_rank, bins.numel(), weights.size(0)};
+    on_device(units, stream, [&](auto s) { xmoe::write_meta(meta, of, s); });
+}
+
+xmoe::Segments segments(const Tensor& units, const Tensor& ends, const Tensor& begins, int64_t total) {
+    return {units.const_data_ptr(), longs("ends", ends, 1, units), longs("begins", begins, 1, units), ends.size(0),
+            total};
+}
+
+std::tuple<Tensor, Tensor, Tensor> read_lists(const Tensor& units, const Tensor& ends, const Tensor& list_in,
+                                              const Tensor& list_rows, int64_t total, int64_t stream) {
+    const Units of = units_of(units, 4, units);
+    const xmoe::Segments from = segments(units, ends, list_in, total);
+    Tensor segment = new_longs({total}, units), number = new_ints({total}, units), pilots = new_longs({total}, units);
+    const xmoe::Lists lists{longs("list_rows", list_rows, 2, units), segment.data_ptr<int64_t>(),
+                            number.data_ptr<int32_t>(), pilots.data_ptr<int64_t>()};
+    on_device(units, stream, [&](auto s) { xmoe::read_lists(from, lists, of, s); });
+    return {segment, number, pilots};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> read_routes(
+    const Tensor& units, const Tensor& ends, const Tensor& routes_in, const Tensor& sources, const Tensor& copies,
+    int64_t total, int64_t width, int64_t slots, int64_t weight_bytes, int64_t stream) {
+    const Units of = units_of(units, weight_bytes, units);
+    const xmoe::Segments from = segments(units, ends, routes_in, total);
+    Tensor segment = new_longs({total}, units), copy = new_longs({total}, units), rows = new_longs({total}, units);
+    Tensor number = new_ints({total}, units), slotted = new_ints({total}, units);
+    Tensor weights = at::empty({total}, units.options().dtype(weight_bytes == 8 ? at::kDouble : at::kFloat));
+    const xmoe::Records records{longs("sources", sources, 1, units), longs("copies", copies, 1, units), width, slots,
+                                segment.data_ptr<int64_t>(), copy.data_ptr<int64_t>(), number.data_ptr<int32_t>(),
+                                slotted.data_ptr<int32_t>(), rows.data_ptr<int64_t>(), weights.data_ptr()};
+    on_device(units, stream, [&](auto s) { xmoe::read_routes(from, records, of, s); });
+    return {segment, copy, number, slotted, rows, weights};
+}
+
+Tensor routes_of_rows(const Tensor& copy, const Tensor& slotted, const Tensor& copies, int64_t rows, int64_t slots,
+                      int64_t stream) {
+    const int64_t *of = longs("copy", copy, 1, copy), *first = longs("copies", copies, 1, copy);
+    const int32_t* at = ints("slotted", slotted, 1, copy);
+    Tensor table = new_longs({rows, slots}, copy);
+    on_device(copy, stream, [&](auto s) {
+        xmoe::routes_of_rows(of, at, first, copy.size(0), rows, slots, table.data_ptr<int64_t>(), s);
+    });
+    return table;
+}
+
+xmoe::Forwarded forwarded(const Tensor& segment, const Tensor& number, const Tensor& list_rows) {
+    return {longs("segment", segment, 1, segment), ints("number", number, 1, segment),
+            longs("list_rows", list_rows, 2, segment), segment.size(0)};
+}
+
+Tensor parts_of_pilots(const Tensor& segment, const Tensor& number, const Tensor& list_rows, int64_t first, int64_t rows,
+                       int64_t spare, int64_t members, int64_t local, int64_t stream) {
+    const xmoe::Forwarded of = forwarded(segment, number, list_rows);
+    Tensor table = new_longs({rows + spare, members}, segment);
+    on_device(segment, stream, [&](auto s) {
+        xmoe::parts_of_pilots(of, first, rows, spare, members, local, table.data_ptr<int64_t>(), s);
+    });
+    return table;
+}
+
+void add_forwarded(const Tensor& index, const Tensor& segment, const Tensor& number, const Tensor& list_rows,
+                   int64_t stream) {
+    longs("index", index, 1, segment);
+    const xmoe::Forwarded of = forwarded(segment, number, list_rows);
+    on_device(index, stream, [&](auto s) { xmoe::add_forwarded(index.data_ptr<int64_t>(), of, s); });
+}
+
+void write_weights(const Tensor& units, const Tensor& segment, const Tensor& weights, const Tensor& begins,
+                   int64_t stream) {
+    check("weights", weights, 1, units);
+    const Units of = units_of(units, weights.element_size(), units);
+    const int64_t *at = longs("segment", segment, 1, units), *first = longs("begins", begins, 1, units);
+    on_device(units, stream, [&](auto s) {
+        xmoe::write_weights(units.data_ptr(), at, weights.const_data_ptr(), first, segment.size(0), of, s);
+    });
+}
+
+Tensor read_weights(const Tensor& units, const Tensor& expert_ids, const Tensor& routes_out, int64_t experts_per_rank,
+                    int64_t weight_bytes, int64_t stream) {
+    const Units of = units_of(units, weight_bytes, units);
+    const int32_t* experts = ints("expert_ids", expert_ids, 1, units);
+    const int64_t* first = longs("routes_out", routes_out, 1, units);
+    const int64_t total = expert_ids.size(0);
+    Tensor weights = at::empty({total}, units.options().dtype(weight_bytes == 8 ? at::kDouble : at::kFloat));
+    on_device(units, stream, [&](auto s) {
+        xmoe::read_weights(units.const_data_ptr(), experts, first, experts_per_rank, total, weights.data_ptr(), of, s);
+    });
+    return weights;
+}
+
+}  // namespace
+
+void define_bypass(pybind11::module_& m) {
+    const auto released = pybind11::call_guard<pybind11::gil_scoped_release>();
+    m.def("number_copies", &number_copies, released);
+    m.def("sources_of_rows", &sources_of_rows, released);
+    m.def("write_meta", &write_meta, released);
+    m.def("read_lists", &read_lists, released);
+    m.def("read_routes", &read_routes, released);
+    m.def("routes_of_rows", &routes_of_rows, released);
+    m.def("parts_of_pilots", &parts_of_pilots, released);
+    m.def("add_forwarded", &add_forwarded, released);
+    m.def("write_weights", &write_weights, released);
+    m.def("read_weights", &read_weights, released);
+}

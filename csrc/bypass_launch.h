@@ -1,0 +1,71 @@
+// The operations of bypass.h out of their items, for whoever has run(stream, count, item), which calls item(i) for
+// every i below count, and clear(stream, table, count), which makes it -1. bypass.cu and cpu/bypass.cpp have.
+#pragma once
+
+#include "bypass_items.h"
+
+namespace xmoe {
+
+template <>
+void sources_of_rows(const int64_t* bins, const int32_t* number, const int64_t* table, int64_t none, int64_t T,
+                     int64_t K, int64_t rows, int64_t* sources, Stream stream) {
+    clear(stream, sources, rows);
+    run(stream, T * K, SourceItem{bins, number, table, none, K, rows - 1, sources});
+}
+
+template <>
+void write_meta(const Meta& meta, Units of, Stream stream) {
+    for_unit(of, [&](auto u) { run(stream, meta.entries, MetaItem<decltype(u)>{meta, of}); });
+}
+
+template <>
+void read_lists(const Segments& from, const Lists& lists, Units of, Stream stream) {
+    for_unit(of, [&](auto u) { run(stream, from.total, ListItem<decltype(u)>{from, lists, of}); });
+}
+
+template <>
+void read_routes(const Segments& from, const Records& records, Units of, Stream stream) {
+    for_unit(of, [&](auto u) { run(stream, from.total, RecordItem<decltype(u)>{from, records, of}); });
+}
+
+template <>
+void routes_of_rows(const int64_t* copy, const int32_t* slotted, const int64_t* copies, int64_t total, int64_t rows,
+                    int64_t slots, int64_t* table, Stream stream) {
+    clear(stream, table, rows * slots);
+    run(stream, total, RouteItem{copy, slotted, copies, slots, table});
+}
+
+template <>
+void parts_of_pilots(const Forwarded& forwarded, int64_t first, int64_t rows, int64_t spare, int64_t members,
+                     int64_t local, int64_t* table, Stream stream) {
+    clear(stream, table, (rows + spare) * members);
+    const int64_t items = rows < forwarded.total ? forwarded.total : rows;
+    run(stream, items, PartItem{forwarded, first, rows, members, local, table});
+}
+
+template <>
+void add_forwarded(int64_t* index, const Forwarded& forwarded, Stream stream) {
+    run(stream, forwarded.total, ForwardItem{forwarded, index});
+}
+
+template <>
+void write_weights(void* units, const int64_t* segment, const void* weights, const int64_t* begins, int64_t total,
+                   Units of, Stream stream) {
+    for_unit(of, [&](auto u) {
+        using U = decltype(u);
+        run(stream, total,
+            WriteWeightItem<U>{static_cast<U*>(units), segment, static_cast<const U*>(weights), begins, of});
+    });
+}
+
+template <>
+void read_weights(const void* units, const int32_t* expert_ids, const int64_t* routes_out, int64_t experts_per_rank,
+                  int64_t total, void* weights, Units of, Stream stream) {
+    for_unit(of, [&](auto u) {
+        using U = decltype(u);
+        run(stream, total, ReadWeightItem<U>{static_cast<const U*>(units), expert_ids, routes_out, experts_per_rank,
+                                             static_cast<U*>(weights), of});
+    });
+}
+
+}  // namespace xmoe

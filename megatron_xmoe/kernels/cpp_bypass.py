@@ -1,0 +1,72 @@
+"""The compiled index arithmetic of redundancy bypassing, on the CPU and GPUs: functions of `kernels.reference_bypass`.
+
+They call `megatron_xmoe._C` itself, without operators of torch around it: what they are for waits for the host in every
+pass, which cannot be compiled anyway, and their time on the host delays the exchange between nodes.
+"""
+
+import torch
+from torch import Tensor
+
+from megatron_xmoe.kernels import reference_bypass
+
+MOST_PER_TOKEN = 512  # routes that a block of a GPU compares with each other: kMostPerToken of csrc/bypass.h
+
+
+def number_copies(inverse: Tensor, *args) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """See `kernels.reference_bypass.number_copies`, which does it for tokens of more than MOST_PER_TOKEN routes."""
+    if inverse.shape[1] > MOST_PER_TOKEN:
+        return reference_bypass.number_copies(inverse, *args)
+    return _call("number_copies", inverse, *args)
+
+
+def sources_of_rows(bins: Tensor, *args) -> Tensor:
+    """See `kernels.reference_bypass.sources_of_rows`."""
+    return _call("sources_of_rows", bins, *args)
+
+
+def write_meta(units: Tensor, *args) -> None:
+    """See `kernels.reference_bypass.write_meta`."""
+    _call("write_meta", units, *args)
+
+
+def read_lists(units: Tensor, *args) -> tuple[Tensor, Tensor, Tensor]:
+    """See `kernels.reference_bypass.read_lists`."""
+    return _call("read_lists", units, *args)
+
+
+def read_routes(units: Tensor, *args) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """See `kernels.reference_bypass.read_routes`."""
+    return _call("read_routes", units, *args)
+
+
+def routes_of_rows(copy: Tensor, *args) -> Tensor:
+    """See `kernels.reference_bypass.routes_of_rows`."""
+    return _call("routes_of_rows", copy, *args)
+
+
+def parts_of_pilots(segment: Tensor, *args) -> Tensor:
+    """See `kernels.reference_bypass.parts_of_pilots`."""
+    return _call("parts_of_pilots", segment, *args)
+
+
+def add_forwarded(index: Tensor, *args) -> None:
+    """See `kernels.reference_bypass.add_forwarded`."""
+    _call("add_forwarded", index, *args)
+
+
+def write_weights(units: Tensor, *args) -> None:
+    """See `kernels.reference_bypass.write_weights`."""
+    _call("write_weights", units, *args)
+
+
+def read_weights(units: Tensor, *args) -> Tensor:
+    """See `kernels.reference_bypass.read_weights`."""
+    return _call("read_weights", units, *args)
+
+
+def _call(name: str, first: Tensor, *args):
+    """A function of `_C` on the current stream of the device that `first` is on."""
+    from megatron_xmoe import _C
+
+    stream = torch.cuda.current_stream(first.device).cuda_stream if first.is_cuda else 0
+    return getattr(_C, name)(first, *args, stream)
