@@ -49,6 +49,7 @@ def apex_layer_norm() -> Availability:
     return probe("apex.normalization.fused_layer_norm")
 
 
+@cache  # it is asked for in every pass of a layer, and looking for files takes as long as several launches
 def triton() -> Availability:
     """Triton, with what it needs when it compiles its launchers: a C compiler and Python's headers."""
     found = probe("triton")

@@ -11,6 +11,7 @@ from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.spec_utils import ModuleSpec, get_module
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_block import (
@@ -27,6 +28,7 @@ from megatron_xmoe.experts import XMoEGroupedMLP
 from megatron_xmoe.layer import XMoELayer
 from megatron_xmoe.norm import TorchNorm
 from megatron_xmoe.qk_norm import with_query_key_norms
+from megatron_xmoe.router import FusedRouter
 
 Spec = ModuleSpec | TransformerBlockSubmodules
 
@@ -54,7 +56,8 @@ def substitutions(config: TransformerConfig, xmoe: XMoEConfig) -> dict[type, Any
     """Which of Megatron's modules are replaced by which of ours.
 
     Norm and attention are those that stand in for a missing Transformer Engine or Apex; where one of these is used,
-    the spec does not contain the stand-ins and they do not change. Layer and experts change with backend "xmoe".
+    the spec does not contain the stand-ins and they do not change. Layer and experts change with backend "xmoe", the
+    router with --moe-router-fusion.
     """
     table: dict[type, Any] = {WrappedTorchNorm: TorchNorm}
     if uses_torch_attention(config):
@@ -62,6 +65,8 @@ def substitutions(config: TransformerConfig, xmoe: XMoEConfig) -> dict[type, Any
     if xmoe.moe_backend == "xmoe":
         table[MoELayer] = partial(XMoELayer, xmoe=xmoe)
         table[SequentialMLP] = partial(XMoEGroupedMLP, xmoe=xmoe)
+        if config.moe_router_fusion:
+            table[TopKRouter] = partial(FusedRouter, xmoe=xmoe)
     return table
 
 

@@ -29,9 +29,13 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works without an installation, too
 
 from megatron_xmoe.kernels import triton_activation as activation  # noqa: E402
+from megatron_xmoe.kernels import triton_balance as balance  # noqa: E402
 from megatron_xmoe.kernels import triton_grouped_gemm as gemm  # noqa: E402
+from megatron_xmoe.kernels import triton_rotary as rotary  # noqa: E402
+from megatron_xmoe.kernels import triton_router as router  # noqa: E402
 from megatron_xmoe.kernels import triton_routes as routes  # noqa: E402
 from megatron_xmoe.kernels import triton_rows as rows  # noqa: E402
+from megatron_xmoe.ops.router import RoutingRule  # noqa: E402
 
 TARGETS = {
     "sm_90": GPUTarget("cuda", 90, 32),
@@ -145,6 +149,20 @@ def activation_calls() -> None:
         activation.activate_backward(hidden, weights, grad, kind, gated)
 
 
+def rotary_calls() -> None:
+    """Calls the rotary embedding: all orders of pairs, whole and part of a head, a view of a fused projection."""
+    for (dtype, heads, size, rotated, scale), (paired, paired_result), backward in product(
+        ((torch.bfloat16, 16, 128, 128, 1.0), (torch.float16, 1, 64, 64, 1.2), (torch.float32, 20, 96, 50, 1.0)),
+        ((False, False), (True, True), (True, False)),
+        (False, True),
+    ):
+        x = empty(2048, 4, heads, 3 * size, dtype=dtype)[..., :size]
+        angles = empty(2048, 1, 1, rotated, dtype=torch.float32)
+        rotary.rotate(x, angles, paired, paired_result, scale, backward)
+    angles_of_all, spread = empty(2048, 4, 1, rotated, dtype=torch.float32), empty(2048, 4, size, heads, dtype=dtype)
+    rotary.rotate(spread.transpose(2, 3), angles_of_all, True, False)
+
+
 def gemm_calls() -> None:
     """Calls the experts' matrix products: with sizes for every way of moving tiles."""
     for dtype, features, ffn in ((torch.bfloat16, 2048, 768), (torch.float16, 1001, 99), (torch.float32, 2048, 768)):
@@ -158,6 +176,28 @@ def gemm_calls() -> None:
         gemm.weight_gradient(hidden, rows_, ends, empty(8, ffn, features, dtype=torch.float32), accumulate=True)
 
 
+def router_calls() -> None:
+    """Calls the router's functions: each way to score, with and without groups, bias, padding and losses."""
+    for dtype, tokens, sequences, rule, biased, padded, losses in (
+        (torch.bfloat16, 4096, 1, RoutingRule(8, 128, "softmax"), False, False, 1),
+        (torch.float32, 8192, 2, RoutingRule(6, 60, "softmax", pre_softmax=True, scaling=2.5), False, False, 3),
+        (torch.float32, 4096, 1, RoutingRule(8, 256, "sigmoid", scaling=2.5, groups=8, group_topk=4), True, False, 1),
+        (torch.float64, 4096, 4, RoutingRule(32, 384, "sqrtsoftplus"), True, True, 2),
+        (torch.float64, 100, 1, RoutingRule(6, 15, "softmax", groups=3, group_topk=2), False, False, 0),
+        (torch.float16, 3, 1, RoutingRule(1, 4096, "sigmoid"), False, True, 0),
+    ):
+        logits, scalar = empty(tokens, rule.experts, dtype=dtype), empty(1, dtype=torch.float32)
+        bias, added = (empty(rule.experts, dtype=kind) if biased else None for kind in (torch.float32, torch.int32))
+        padding = empty(tokens, dtype=torch.uint8) if padded else None
+        given = rule.constants, sequences
+        probs, chosen, sums, counts = router.route(logits, bias, padding, added, *given, losses > 0)
+        slopes = empty(3, sequences, rule.experts, dtype=torch.float32) if losses else None
+        for total in (tokens, scalar) if losses else ():
+            balance.balance(sums, balance.count(counts).unsqueeze(0), total, 0.5, slopes)
+            balance.balance(sums, counts, total, 0.5, slopes)
+        router.route_backward(logits, chosen, padding, probs, slopes, (scalar,) * losses, *given)
+
+
 def launches(target: str) -> list[Launch]:
     """All forms of all kernels that the calls need on a device of the named target, each once."""
     recorder = Recorder()
@@ -167,12 +207,15 @@ def launches(target: str) -> list[Launch]:
         mock.patch.object(JITFunction, "run", run),
         mock.patch.object(torch.version, "hip", "some version" if is_hip else None),
         mock.patch.object(rows, "warp_size", lambda device: warp),
+        mock.patch.object(rotary, "warp_size", lambda device: warp),
         mock.patch.object(gemm, "has_tma", lambda device: not is_hip),
     ):
         row_calls()
         route_calls()
         activation_calls()
+        rotary_calls()
         gemm_calls()
+        router_calls()
     return list(recorder.launches)
 
 

@@ -117,13 +117,16 @@ def _faster_elsewhere(pinned: str, device_type: str) -> list[str]:
 
 def triton_is_usable(device_type: str) -> bool:
     """Whether Triton may compute what only it has a kernel for: it can run there, and plain torch was not asked for."""
-    return _pinned() != "reference" and _triton_runs(device_type)
+    return not why_not_triton(device_type)
 
 
-@cache
-def _triton_runs(device_type: str) -> bool:
-    """Kept, because layers ask in every pass, and the answer is looked for in files."""
-    return _candidate("triton", device_type).usable
+def why_not_triton(device_type: str, pinned: str = "auto") -> str:
+    """The reason why `triton_is_usable` says no, or ''. Args: pinned, a backend that is about to be pinned."""
+    pinned = pinned if pinned != "auto" else _pinned()
+    if pinned == "reference":
+        return "plain torch is asked for (--xmoe-kernels reference)"
+    found = _candidate("triton", device_type)
+    return "" if found.usable else found.reason
 
 
 def implementation(name: str, operation: str) -> Callable:

@@ -18,7 +18,7 @@ class Replacement:
     """'package.module:Name' or 'package.module:Class.method'."""
 
     make: Callable[[Any], Any]
-    """Takes the original and returns what stands in for it."""
+    """Takes the original and returns what stands in for it; the original itself where nothing has to."""
 
     why: str
 
@@ -45,6 +45,8 @@ def _apply_one(replacement: Replacement) -> bool:
     if getattr(original, _MARK, None) is not None:
         return False
     stand_in = replacement.make(original)
+    if stand_in is original:
+        return False
     setattr(stand_in, _MARK, original)
     setattr(owner, name, stand_in)
     return True

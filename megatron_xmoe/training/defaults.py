@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from megatron.core.transformer.enums import AttnBackend
 
 from megatron_xmoe import _optional
+from megatron_xmoe.router import why_not_fused
+from megatron_xmoe.training.arguments import xmoe_config_from_args
 from megatron_xmoe.training.errors import UsageError
 
 EVAL_INTERVAL = 1000
@@ -54,6 +56,7 @@ def adjust(args: argparse.Namespace, given: set[str], on_cpu: bool) -> list[str]
         UsageError: the user asked for something that cannot work here.
     """
     changes = Adjustments(args, given)
+    args.xmoe_rope_fusion = False
     if not _optional.transformer_engine().usable:
         _without_transformer_engine(changes)
     if on_cpu:
@@ -63,6 +66,9 @@ def adjust(args: argparse.Namespace, given: set[str], on_cpu: bool) -> list[str]
     if args.num_experts:
         _for_experts(changes)
     _for_the_loop(changes)
+    if not args.add_bias_linear and args.hidden_dropout == 0:
+        why = "no biases and no dropout: one addition is left, and calling what was compiled costs more"
+        changes.switch_off("bias_dropout_fusion", "--no-bias-dropout-fusion", why)
     return changes.lines
 
 
@@ -76,7 +82,9 @@ def _without_transformer_engine(changes: Adjustments) -> None:
         )
     if args.attention_backend == AttnBackend.fused:
         raise UsageError(f"--attention-backend fused needs Transformer Engine ({why}): use auto, flash or unfused")
-    changes.switch_off("apply_rope_fusion", "--no-rope-fusion", why)
+    # Megatron's switch means Transformer Engine's function; ours lies beneath it (platform/rotary.py)
+    args.xmoe_rope_fusion = args.apply_rope_fusion
+    args.apply_rope_fusion = False
     if _optional.apex_layer_norm().usable:
         return
     why += f", Apex: {_optional.apex_layer_norm().reason}"
@@ -114,6 +122,14 @@ def _on_gpu(changes: Adjustments) -> None:
     if args.tensor_model_parallel_size > 1 and not (args.use_torch_fsdp2 or args.use_megatron_fsdp):
         connections = os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
         changes.lines.append(f"CUDA_DEVICE_MAX_CONNECTIONS={connections}  (tensor parallelism needs 1)")
+    fuses = args.num_experts and args.moe_backend == "xmoe"
+    if fuses and not why_not_fused(args, args.num_experts, xmoe_config_from_args(args)):
+        changes.set(
+            "moe_router_fusion",
+            True,
+            "--moe-router-fusion",
+            "X-MoE's kernels; the host takes longer to launch Megatron's many small ones than the GPU to run them",
+        )
 
 
 def _for_experts(changes: Adjustments) -> None:

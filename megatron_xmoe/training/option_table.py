@@ -11,7 +11,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from megatron_xmoe import _optional
+from megatron_xmoe.router import why_not_fused
 from megatron_xmoe.sequence_shard import block_mode
+from megatron_xmoe.training.arguments import xmoe_config_from_args
 
 # names of options that change the Mixture-of-Experts block or how it is scheduled
 CONCERNS_EXPERTS = re.compile(
@@ -135,6 +137,14 @@ LIMITED: dict[str, Limit] = {
         "use --xmoe-sequence-shard on or --sequence-parallel",
         ("forced balance",),
     ),
+    "moe_router_fusion": Limit(
+        "it takes X-MoE's kernels, for which Triton has to run here (and --xmoe-kernels not be reference); there is "
+        "none for sinkhorn, quantile_balancing, --moe-enable-routing-replay, --xmoe-group-score max, more than 4096 "
+        "experts, and groups that are too small or too many for --moe-router-topk",
+        lambda args: not args.moe_router_fusion
+        or not why_not_fused(args, args.num_experts, xmoe_config_from_args(args)),
+        "leave it out: it is set for you where it is served",
+    ),
 }
 
 
@@ -185,8 +195,6 @@ REFUSED: dict[str, Refusal] = _refused(
         moe_expert_rank_capacity_factor moe_paged_stash moe_paged_stash_page_size
         moe_paged_stash_buffer_size_factor_cuda moe_paged_stash_buffer_size_factor_cpu high_priority_a2a_comm_stream
         """,
-        Refusal("it is a fused kernel of Transformer Engine that X-MoE is not tested with", "leave it out"):
-        "moe_router_fusion",
         Refusal("X-MoE computes experts in bf16, fp16 or fp32", "leave it out"):
         """
         fp8 fp8_recipe fp8_quantizer_factory fp8_margin fp8_interval fp8_amax_history_len fp8_amax_compute_algo

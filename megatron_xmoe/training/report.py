@@ -17,6 +17,7 @@ from megatron_xmoe.kernels.registry import kernels_in_use, triton_is_usable
 from megatron_xmoe.parallel_state import node_topology
 from megatron_xmoe.sequence_shard import block_mode
 from megatron_xmoe.specs import uses_torch_attention
+from megatron_xmoe.training.rotary import rotary_embedding
 from megatron_xmoe.version import __version__
 
 GROUPS = (
@@ -52,8 +53,10 @@ def print_report(xmoe: XMoEConfig, adjustments: list[str], stand_ins: int, repai
             f"sequence     {_sequence(xmoe, args)}",
             f"kernels      {kernels.name}: {kernels.reason}",
         ]
+    rotary = rotary_embedding(args).text
     lines += [
         f"attention    {_attention(args)}",
+        *([f"rotary       {rotary}"] if rotary else []),
         f"device       {_device(stand_ins)}",
         f"repairs      {repairs} in Megatron-Core's wheel, listed in megatron_xmoe/platform/wheel.py",
         f"nodes        {nodes}",

@@ -269,21 +269,31 @@ class TestExtension:
         assert _optional.serves(archs, gpu) is expected
 
 
-def test_triton_needs_a_c_compiler_and_headers(monkeypatch, tmp_path):
+@pytest.fixture
+def asked_again():
+    """Asks once more whether Triton can be used; what was found is forgotten afterwards."""
+
+    def ask() -> _optional.Availability:
+        _optional.triton.cache_clear()
+        return _optional.triton()
+
+    yield ask
+    _optional.triton.cache_clear()
+
+
+def test_triton_needs_a_c_compiler_and_headers(monkeypatch, tmp_path, asked_again):
     monkeypatch.setattr(_optional, "probe", lambda name: _optional.Availability(name, True, "version unknown"))
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert not _optional.triton().usable and "C compiler" in _optional.triton().reason
-    assert not registry._triton_runs.__wrapped__("cuda")
+    assert not asked_again().usable and "C compiler" in asked_again().reason
+    assert not registry.triton_is_usable("cuda")
     compiler = tmp_path / "gcc"
     compiler.write_text("")
     compiler.chmod(0o755)
     monkeypatch.setattr(_optional.sysconfig, "get_path", lambda name: str(tmp_path))
-    assert not _optional.triton().usable and "Python.h" in _optional.triton().reason
+    assert not asked_again().usable and "Python.h" in asked_again().reason
     (tmp_path / "Python.h").write_text("")
-    assert _optional.triton().usable and registry._triton_runs.__wrapped__("cuda")
-    monkeypatch.setattr(registry, "_triton_runs", lambda device: True)
-    assert registry.triton_is_usable("cuda")
+    assert asked_again().usable and registry.triton_is_usable("cuda")
     monkeypatch.setenv("XMOE_KERNELS", "reference")
     assert not registry.triton_is_usable("cuda")
 

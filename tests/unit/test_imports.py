@@ -15,7 +15,7 @@ SOURCES = sorted((ROOT / PACKAGE).rglob("*.py"))
 
 LEAVES = ("config", "version", "traffic", "_optional")
 OURS_BELOW_LAYERS = ("dispatch", "ops", "parallel_state", "metrics", "profiling", *LEAVES)
-LAYERS = ("layer", "experts", "sequence_shard", "shared_experts", "norm", "qk_norm", "attention", "routing")
+LAYERS = ("layer", "experts", "sequence_shard", "shared_experts", "norm", "qk_norm", "attention", "routing", "router")
 # the dispatcher's base class, and what its constructor and its exchange are made of
 DISPATCHER_BASE = (
     "megatron.core.transformer.moe.token_dispatcher",
@@ -50,10 +50,11 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         ),
     ),
     # names Megatron's symbols as strings; only the version is looked up, for an error message
-    "platform": ("torch", "megatron.core.package_info"),
+    "platform": ("torch", "megatron.core.package_info", *ours("ops")),
     "training": (
         *("torch", "numpy", "megatron.core", "megatron.training"),
-        *ours("dispatch.choice", "parallel_state", "sequence_shard"),  # for the start-up report, which says why
+        # for defaults, and for the start-up report, which says why
+        *ours("dispatch.choice", "parallel_state", "sequence_shard", "router"),
         *ours("backend", "specs", "metrics", "platform", "kernels", "profiling", "checkpoint", *LEAVES),
     ),
     "checkpoint": (

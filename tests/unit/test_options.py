@@ -153,6 +153,7 @@ LIMITS = {
         {"moe_router_force_load_balancing": True, "tensor_model_parallel_size": 2},  # experts on both ranks
         {"moe_router_force_load_balancing": True, "tensor_model_parallel_size": 2, "expert_tensor_parallel_size": 1},
     ),
+    "moe_router_fusion": ({"moe_router_fusion": True, "num_experts": 8}, {}),  # test_fused_router.py has what is served
 }
 
 

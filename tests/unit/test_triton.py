@@ -270,7 +270,7 @@ def test_sums_run_from_the_first_route_to_the_last(interpreted):
 @pytest.mark.parametrize("warp", [32, 64])
 def test_launch_parameters_are_what_triton_takes(warp):
     """Tiles are powers of two below Triton's limit of elements, and a block of threads is at most 1024."""
-    from megatron_xmoe.kernels import triton_routes, triton_rows
+    from megatron_xmoe.kernels import triton_rotary, triton_routes, triton_rows
 
     tiles = [
         rule
@@ -285,12 +285,14 @@ def test_launch_parameters_are_what_triton_takes(warp):
     for experts, count in itertools.product((1, 3, 64, 128, 1000, 4096), (1, 1000, 10**6)):
         tiles += [triton_routes.places_tile(count, experts), triton_routes.select_tile(experts)]
         tiles += [triton_routes.map_tile(experts), triton_routes.merge_tile(experts)]
+    for heads, (size, rotated) in itertools.product((1, 3, 128), ((2, 2), (128, 128), (96, 50), (5000, 4000))):
+        tiles.append(triton_rotary.rotate_tile(heads, size, rotated, warp))
     for tile in tiles:
         sizes = {name: value for name, value in tile.items() if name.isupper() and isinstance(value, int)}
         assert all(value > 0 and (name == "UNROLL" or value & (value - 1) == 0) for name, value in sizes.items()), tile
         assert tile["num_warps"] * warp <= 1024 and tile["num_warps"] & (tile["num_warps"] - 1) == 0, tile
         assert math.prod(sizes.get(name, 1) for name in ("TOKENS", "ROUTES", "BLOCK")) <= 2**20, tile
-        assert sizes.get("ROWS", 1) * sizes.get("BINS", 1) <= 2**20, tile
+        assert math.prod(sizes.get(name, 1) for name in ("ROWS", "BINS", "HEADS", "PAIRS")) <= 2**20, tile
 
 
 def test_the_compile_tool_knows_every_kernel():
