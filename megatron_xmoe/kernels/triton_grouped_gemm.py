@@ -135,13 +135,17 @@ def weight_gradient_kernel(
                 total = tl.dot(left, right, total, input_precision="ieee")
         if out_tma is not None:
             out_tma.store([expert, n, d], total.to(out.dtype.element_ty).reshape(1, BN, BD))
-        else:
-            lines, columns = n + tl.arange(0, BN), d + tl.arange(0, BD)
-            inside = (lines < N)[:, None] & (columns < D)[None, :]
-            target = out + expert.to(tl.int64) * N * D + lines.to(tl.int64)[:, None] * D + columns[None, :]
-            if ACCUMULATE:
-                total += tl.load(target, mask=inside, other=0).to(tl.float32)
-            tl.store(target, total.to(out.dtype.element_ty), mask=inside)
+        else:  # one half of the columns after the other, for which registers are left
+            halves = total.reshape(BN, 2, BD // 2).permute(0, 2, 1).split()
+            lines = n + tl.arange(0, BN)
+            for half in tl.static_range(2):
+                columns = d + half * (BD // 2) + tl.arange(0, BD // 2)
+                inside = (lines < N)[:, None] & (columns < D)[None, :]
+                target = out + expert.to(tl.int64) * N * D + lines.to(tl.int64)[:, None] * D + columns[None, :]
+                result = halves[half]
+                if ACCUMULATE:
+                    result += tl.load(target, mask=inside, other=0).to(tl.float32)
+                tl.store(target, result.to(out.dtype.element_ty), mask=inside)
 
 
 def tile_of(tma: bool, itemsize: int, shared_memory: int) -> dict[str, int]:
