@@ -119,14 +119,14 @@ class XMoEGroupedMLP(MegatronModule):
     def forward(
         self,
         permuted_local_hidden_states: Tensor | RowsSource,
-        tokens_per_expert: Tensor,
+        tokens_per_expert: Tensor | Groups,
         permuted_probs: Tensor,
     ) -> tuple[Tensor, None]:
         """Apply the experts and the routing weights.
 
         Args:
             permuted_local_hidden_states: rows [M, H], expert-major; or where to take them from.
-            tokens_per_expert: [E] int64, on the CPU or the rows' device; sums to at most M.
+            tokens_per_expert: [E] int64, on the CPU or the rows' device; sums to at most M. Or what follows from it.
             permuted_probs: routing weights [M].
 
         Returns:
@@ -140,7 +140,9 @@ class XMoEGroupedMLP(MegatronModule):
             source = RowsSource((probs.unsqueeze(-1) * rows).to(rows.dtype))
             probs = torch.ones_like(probs)
         (weight1, bias1), (weight2, bias2) = self.linear_fc1(), self.linear_fc2()
-        groups = Groups.of(tokens_per_expert, probs.device)
+        groups = tokens_per_expert
+        if not isinstance(groups, Groups):
+            groups = Groups.of(groups, probs.device)
         gemm = backend_for(self.xmoe.xmoe_grouped_gemm, source.tensor, (self.config.hidden_size, self.ffn))
         if gemm.needs_sizes or bias1 is not None:
             _ = groups.sizes  # the host waits for them now, if at all, and not in the backward pass

@@ -10,11 +10,11 @@ from megatron_xmoe.profiling import EXCHANGES, STAGES
 MIB = 2**20
 
 TRAFFIC_SUMS = (
-    *("passes", "routes", "routes_remote", "inter_rows", "inter_bytes", "intra_bytes"),
+    *("passes", "timed_passes", "routes", "routes_remote", "inter_rows", "inter_bytes", "intra_bytes"),
     *("padding_rows", "padding_bytes"),
 )
 SUMS = (*TRAFFIC_SUMS, *STAGES)
-"""What is summed for each layer: a dispatcher's traffic, and milliseconds of each stage."""
+"""What is summed for each layer: a dispatcher's traffic, and milliseconds of each stage in passes that are timed."""
 
 PAPERS_NAMES = ("gate", "dispatch buffer", "all-to-all", "experts", "all-to-all", "combine")
 """What the paper's table calls the STAGES."""
@@ -34,6 +34,7 @@ def figures_of_layers(loads: ndarray, sums: dict[str, ndarray]) -> dict[str, nda
     shares = _divide(loads, routed[:, None])
     entropy = -(shares * np.log(np.where(shares > 0, shares, 1))).sum(axis=1)
     passes, exchanges = sums["passes"], sum(sums[stage] for stage in EXCHANGES)
+    timed = np.where(exchanges > 0, sums["timed_passes"], 0)
     return {
         "load-max": shares.max(axis=1) * experts,
         "load-entropy": entropy / math.log(experts) if experts > 1 else shares[:, 0],
@@ -44,7 +45,7 @@ def figures_of_layers(loads: ndarray, sums: dict[str, ndarray]) -> dict[str, nda
         "redundancy": 1 - _divide(sums["inter_rows"], sums["routes_remote"]),
         "inter-node-MiB": _divide(sums["inter_bytes"], passes) / MIB,
         "intra-node-MiB": _divide(sums["intra_bytes"], passes) / MIB,
-        "alltoall-ms": _divide(exchanges, np.where(exchanges > 0, passes, 0)),
+        "alltoall-ms": _divide(exchanges, timed),
     }
 
 
@@ -71,7 +72,7 @@ def extremes_of_rank(mine: dict[str, ndarray], memory: list[int], rank: int) -> 
 
     Args: SUMS of this rank by name, [L]; bytes of each layer; the rank.
     """
-    exchanges, passes = sum(mine[stage] for stage in EXCHANGES), mine["passes"]
+    exchanges, passes = sum(mine[stage] for stage in EXCHANGES), mine["timed_passes"]
     exchanges, passes = (np.append(x, x.sum()) for x in (exchanges, passes))
     nanoseconds = np.rint(exchanges / np.maximum(passes, 1) * 1e6).astype(np.int64)
     ranked = (np.where(exchanges > 0, (x << RANK_BITS) + rank, ABSENT) for x in (nanoseconds, -nanoseconds))
@@ -114,7 +115,7 @@ def console_text(figures: dict[str, float]) -> str:
 
 def breakdown_of(sums: dict[str, ndarray]) -> dict[str, float]:
     """Milliseconds of each stage in a forward pass, mean over layers, ranks and micro-batches."""
-    passes = max(float(sums["passes"].sum()), 1.0)
+    passes = max(float(sums["timed_passes"].sum()), 1.0)
     return {stage: float(sums[stage].sum()) / passes for stage in STAGES}
 
 

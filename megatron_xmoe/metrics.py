@@ -17,7 +17,15 @@ from torch import Tensor
 
 from megatron_xmoe import figures
 from megatron_xmoe.figures import SUMS, TRAFFIC_SUMS
-from megatron_xmoe.profiling import ALL_STAGES, EXCHANGES, STAGES, MemoryProbe, StageClock, recording_tracker
+from megatron_xmoe.profiling import (
+    ALL_STAGES,
+    EXCHANGES,
+    NO_STAGES,
+    STAGES,
+    MemoryProbe,
+    StageClock,
+    recording_tracker,
+)
 from megatron_xmoe.traffic import Traffic
 
 MEMORY_INTERVAL = 50
@@ -115,7 +123,7 @@ class XMoETracker(MoEMetricsTracker):
         """Args:
         num_layers: of the whole model, those of multi-token prediction included.
         num_experts: E.
-        log_interval: iterations between two reports.
+        log_interval: iterations between two reports; exchanges are timed in the last of them.
         level: "off", "summary" or "layers" of --xmoe-metrics.
         breakdown: print the time of each stage.
         """
@@ -124,6 +132,7 @@ class XMoETracker(MoEMetricsTracker):
         self.num_layers, self.num_experts = num_layers, num_experts
         self._layers = range(1, num_layers + 1)
         self._clock = StageClock(STAGES if breakdown else EXCHANGES)
+        self._timed = True
         self._memory = MemoryProbe()
         self._first_iteration: int | None = None
         self._device = torch.cuda.current_device()
@@ -138,7 +147,9 @@ class XMoETracker(MoEMetricsTracker):
     @property
     def watched_stages(self) -> frozenset[str]:
         """Stages that this wants to hear of."""
-        return ALL_STAGES if self._memory.armed else self._clock.stages
+        if self._memory.armed:
+            return ALL_STAGES
+        return self._clock.stages if self._timed else NO_STAGES
 
     def count(self, layer_number: int, routing_map: Tensor) -> None:
         """Add the routes of one micro-batch: layer_number from 1; routing_map [T, E] bool."""
@@ -148,10 +159,14 @@ class XMoETracker(MoEMetricsTracker):
         self._routed[layer_number - 1] += counts
 
     def add_traffic(self, layer_number: int, traffic: Traffic, sent: ndarray) -> None:
-        """Add what one pass of a layer (numbered from 1) sent: in all, and to each of the E experts."""
+        """Add what the pass under way of a layer (numbered from 1) sent: in all, and to each of the E experts."""
+        self._add(layer_number, self._timed, traffic, sent)
+
+    def _add(self, layer_number: int, timed: bool, traffic: Traffic, sent: ndarray) -> None:
         self._sent[layer_number - 1] += sent.reshape(-1)
         values = (
-            *(1, traffic.routes, traffic.routes_remote, traffic.inter_rows, traffic.inter_bytes, traffic.intra_bytes),
+            *(1, timed, traffic.routes, traffic.routes_remote),
+            *(traffic.inter_rows, traffic.inter_bytes, traffic.intra_bytes),
             *(traffic.padding_rows, traffic.padding_rows * traffic.row_bytes),
         )
         row = self._traffic[layer_number - 1]
@@ -160,16 +175,19 @@ class XMoETracker(MoEMetricsTracker):
 
     def add_traffic_later(self, layer_number: int, sent: Tensor, traffic: Callable[[ndarray], Traffic]) -> None:
         """`add_traffic` once [E] `sent` is on the host."""
-        self._late.add(sent, lambda counts: self.add_traffic(layer_number, traffic(counts), counts))
+        timed = self._timed
+        self._late.add(sent, lambda counts: self._add(layer_number, timed, traffic(counts), counts))
 
     def stage_begins(self, layer_number: int, stage: str) -> None:
         """A stage of a layer's forward pass begins."""
         self._memory.begin(layer_number, stage)
-        self._clock.begin(layer_number, stage)
+        if self._timed:
+            self._clock.begin(layer_number, stage)
 
     def stage_ends(self, layer_number: int, stage: str) -> None:
         """The stage that began last ends."""
-        self._clock.end(stage)
+        if self._timed:
+            self._clock.end(stage)
         self._memory.end(layer_number)
 
     def report(self, loss_scale: float, iteration: int, writer=None, wandb_writer=None, **options) -> str:
@@ -184,6 +202,7 @@ class XMoETracker(MoEMetricsTracker):
             text += self._log(iteration, writer, wandb_writer)
             self._first_iteration = iteration + 1
         self._memory.arm(is_first or iteration % MEMORY_INTERVAL == 1)
+        self._timed = self.breakdown or (iteration + 1) % self.log_interval == 0
         return text
 
     def _log(self, iteration: int, writer, wandb_writer) -> str:

@@ -13,7 +13,7 @@ STAGES = ("gate", "permute", "dispatch", "experts", "combine", "unpermute")
 reordering before and after them (paper, table of section 5: gate, dispatch buffer, all-to-all, experts, all-to-all,
 combine)."""
 
-ALL_STAGES = frozenset(STAGES)
+ALL_STAGES, NO_STAGES = frozenset(STAGES), frozenset()
 
 EXCHANGES = ("dispatch", "combine")
 

@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works without an
 
 import expert_stages  # noqa: E402
 from benchmark_ops import DTYPES, milliseconds  # noqa: E402
-from expert_systems import TOLERANCE, Inputs, Shape, System, own_systems, reason_of, rivals  # noqa: E402
+from expert_systems import TOLERANCE, Inputs, Shape, System, loop, own_systems, reason_of, rivals  # noqa: E402
 
 from megatron_xmoe._optional import probe  # noqa: E402
 from megatron_xmoe.kernels.grouped_gemm import BACKENDS  # noqa: E402
@@ -116,9 +116,9 @@ def measure(shape: Shape, args: Namespace) -> list[dict]:
     least = args.dtype.itemsize * (hidden + 2 * per_token * ffn)
     print(f"\nT{tokens} d{hidden} n{ffn} E{experts} K{per_token}; least to keep {least} bytes a token", flush=True)
     print(f"{'':26}" + "".join(f"{column:>14}" for column in HEAD))
-    found, left_out = rivals(data)
+    found, left_out = rivals(data, args.rivals)
     ours, not_ours = own_systems(data, args.grouped_gemm)
-    reference = next(system for system in found if system.name == "loop over experts")
+    reference = loop(data)
     output = reference.forward()
     expected = [output.detach(), *gradients(reference, data, output)[:2]]
     del output
@@ -180,6 +180,9 @@ def parse(argv: list[str] | None) -> Namespace:
     what.add_argument("--dtype", choices=DTYPES, default="bf16", help="of rows and weights (default: bf16)")
     names = ("all", *BACKENDS)
     what.add_argument("--grouped-gemm", choices=names, default="all", help="our backend of the products (default: all)")
+    what.add_argument("--rivals", nargs="+", metavar="NAME", default=["all"],
+                      help="of others only these, by a part of their name; the dense product is always timed (default: "
+                           "all)")  # fmt: skip
     what.add_argument("--stages", action="store_true", help="also time each stage of ours beside its own floor")
     where = parser.add_argument_group("where, and to what file")
     where.add_argument("--device", choices=("cuda", "cpu"), default=device,

@@ -220,10 +220,20 @@ def own_systems(data: Inputs, chosen: str) -> tuple[list[System], list[str]]:
     return found, left_out
 
 
-def rivals(data: Inputs) -> tuple[list[System], list[str]]:
-    """Everything else that can be timed here, and a line for each that cannot, with the reason."""
-    found, left_out = [dense(data), loop(data), unfused(data)], []
+def rivals(data: Inputs, wanted: list[str]) -> tuple[list[System], list[str]]:
+    """Everything else that can be timed here, and a line for each that cannot, with the reason.
+
+    Args: data; parts of the names of those that are wanted besides the dense product, or "all".
+    """
+
+    def is_wanted(name: str) -> bool:
+        return any(part == "all" or part.lower() in name.lower() for part in wanted)
+
+    plain = [system for system in (loop(data), unfused(data)) if is_wanted(system.name)]
+    found, left_out = [dense(data), *plain], []
     for name, (module, make, needs_gpu) in PEERS.items():
+        if not is_wanted(name):
+            continue
         if needs_gpu and data.device.type != "cuda":
             left_out.append(f"{name}: needs a GPU")
         elif name != "Megatron SequentialMLP" and not probe(module).usable:  # Megatron is imported on a prepared CPU

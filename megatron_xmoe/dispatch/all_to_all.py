@@ -1,5 +1,6 @@
 """The plain dispatcher: one uneven all-to-all of routed rows, nothing padded (paper, section 4.1)."""
 
+import math
 from dataclasses import replace
 from functools import partial
 
@@ -13,6 +14,7 @@ from megatron_xmoe.dispatch.exchange import exchange_rows
 from megatron_xmoe.dispatch.state import AllToAllState
 from megatron_xmoe.metrics import record_traffic, record_traffic_later, recording
 from megatron_xmoe.ops import Routes, RowsSource, gather_rows, gather_sum
+from megatron_xmoe.ops.grouped_gemm import Groups
 from megatron_xmoe.profiling import profiled
 from megatron_xmoe.traffic import Traffic, flat_traffic
 
@@ -48,40 +50,48 @@ class AllToAllDispatcher(PaddingFreeDispatcher):
         Returns:
             rows [N, H], or the tokens [T, H] where nothing is sent; and weights [N].
         """
-        routes = self.routes_of(routing_map, probs)
-        if self.all_experts_here and self.capacity_of(probs.shape[0]) is None:
+        routes, drops = self.routes_of(routing_map, probs), self.capacity_of(probs.shape[0]) is not None
+        if self.all_experts_here and not drops:
             return self._keep(hidden_states, routes)
-        sent, received = self._exchange_counts(routes.tokens_per_expert)
+        counts = self._exchange_counts(routes.tokens_per_expert)
+        ends = counts[1:].sum(dim=(0, 1)).cumsum(0, dtype=torch.int32)
+        rows = hidden_states.reshape(-1, hidden_states.shape[-1])
+        if not (drops or self.all_experts_here):  # while the counts travel; any rows after the last are cut off
+            rows = gather_rows(rows, routes.token_ids, routes.inverse)
+        on_host = counts.cpu()  # the one host synchronisation
+        sent, received = on_host[0], on_host[1:]
         num_rows = int(sent.sum())
-        if recording():
-            to_experts = sent.numpy()
-            record_traffic(self.layer_number, self._traffic(to_experts, *_sizes(hidden_states, probs)), to_experts)
         self.state = AllToAllState(
             hidden_shape=hidden_states.shape,
             inverse=routes.inverse,
             token_ids=routes.token_ids[:num_rows],
             kept_per_expert=routes.tokens_per_expert,
+            sent=sent,
             input_splits=sent.sum(dim=1).tolist(),
             output_splits=received[self.source].sum(dim=1).tolist(),
             probs_dtype=probs.dtype,
-            **self.arrival_state(received, hidden_states.device),
+            ends=ends,
+            **self.arrival_state(received, counts[1:]),
         )
-        rows = hidden_states.reshape(-1, hidden_states.shape[-1])
         if not self.all_experts_here:
-            rows = gather_rows(rows, self.state.token_ids, routes.inverse)
-        return rows, routes.combine_weights[:num_rows]
+            if drops:
+                rows = gather_rows(rows, self.state.token_ids, routes.inverse)
+            rows = _first(rows, num_rows)
+        return rows, _first(routes.combine_weights, num_rows)
 
     def _keep(self, hidden_states: Tensor, routes: Routes) -> tuple[Tensor, Tensor]:
         """`dispatch_preprocess` of tokens that stay here with all their routes."""
         weights, counts = routes.combine_weights, routes.tokens_per_expert
         if recording():
-            sizes = dict(zip(("tokens", "row_bytes", "weight_bytes"), _sizes(hidden_states, weights), strict=True))
+            names, sizes = ("tokens", "row_bytes", "weight_bytes"), _sizes(hidden_states.shape, hidden_states, weights)
+            sizes = dict(zip(names, sizes, strict=True))
             record_traffic_later(self.layer_number, counts, partial(self._traffic, **sizes))
         self.state = AllToAllState(
             hidden_shape=hidden_states.shape,
             inverse=routes.inverse,
             token_ids=routes.token_ids,
             kept_per_expert=counts,
+            sent=None,
             input_splits=[],
             output_splits=[],
             tensor_splits=[],
@@ -89,19 +99,25 @@ class AllToAllDispatcher(PaddingFreeDispatcher):
             expert_order=None,
             arrival_order=None,
             probs_dtype=weights.dtype,
+            ends=counts.cumsum(0, dtype=torch.int32),
         )
         return hidden_states.reshape(-1, hidden_states.shape[-1]), weights
 
     def token_dispatch(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
         """Exchange rows [N, H] and weights [N]; returns what arrived, [M, H] and [M], by source rank."""
         splits = self.state.output_splits, self.state.input_splits
-        if self.shared_experts is None:
-            return self._exchange(hidden_states, *splits), self._exchange(probs, *splits)
-        self.shared_experts.wait_current_stream()
+        if self.shared_experts is not None:
+            self.shared_experts.wait_current_stream()
         rows = self._exchange(hidden_states, *splits)
-        # between the two exchanges: with one hardware queue it would otherwise wait for the second
-        self.shared_experts.linear_fc1_forward_and_act(rows)
-        return rows, self._exchange(probs, *splits)
+        if self.shared_experts is not None:
+            # between the two exchanges: with one hardware queue it would otherwise wait for the second
+            self.shared_experts.linear_fc1_forward_and_act(rows)
+        weights = self._exchange(probs, *splits)
+        if self.state.sent is not None and recording():  # now that the device has something to do
+            sent = self.state.sent.numpy()
+            sizes = _sizes(self.state.hidden_shape, hidden_states, probs)
+            record_traffic(self.layer_number, self._traffic(sent, *sizes), sent)
+        return rows, weights
 
     def dispatch_postprocess(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """See PaddingFreeDispatcher; for experts that want the numbers of their rows on the host."""
@@ -112,12 +128,11 @@ class AllToAllDispatcher(PaddingFreeDispatcher):
             self.state = replace(self.state, token_ids=self.state.token_ids[:num_rows])
         return rows[:num_rows], counts, probs[:num_rows]
 
-    def expert_rows(self, hidden_states: Tensor, probs: Tensor) -> tuple[RowsSource, Tensor, Tensor]:
+    def expert_rows(self, hidden_states: Tensor, probs: Tensor) -> tuple[RowsSource, Groups, Tensor]:
         """See PaddingFreeDispatcher; the rows of experts that are all here are taken from the tokens."""
         if not self.all_experts_here:
             return super().expert_rows(hidden_states, probs)
-        state = self.state
-        return RowsSource(hidden_states, state.token_ids, state.inverse), state.tokens_per_expert, probs
+        return RowsSource(hidden_states, self.state.token_ids, self.state.inverse), self.groups_of(probs.device), probs
 
     def token_combine(self, hidden_states: Tensor) -> Tensor:
         """Return expert outputs [M, H] to the tokens' ranks: [N, H], in the order they were sent."""
@@ -155,18 +170,22 @@ class AllToAllDispatcher(PaddingFreeDispatcher):
             padded_rows=self.padded_rows(sent, tokens),
         )
 
-    def _exchange_counts(self, tokens_per_expert: Tensor) -> tuple[Tensor, Tensor]:
-        """On the CPU: routes for each expert of each rank [G, E / G], and received ones, [ETP, G, E / G]."""
+    def _exchange_counts(self, tokens_per_expert: Tensor) -> Tensor:
+        """[1 + ETP, G, E / G] on the device: routes for each expert of each rank, and those received by each of the ETP
+        `sources`."""
         sent = tokens_per_expert.view(self.ep_size, self.num_local_experts)
         received = sent
         if self.ep_size > 1:
             received = torch.empty_like(sent)
             dist.all_to_all_single(received, sent.contiguous(), group=self.ep_group)
-        both = torch.cat([sent.unsqueeze(0), self.of_tensor_ranks(received)]).cpu()  # the one host synchronisation
-        return both[0], both[1:]
+        return torch.cat([sent.unsqueeze(0), self.of_tensor_ranks(received)])
 
 
-def _sizes(hidden_states: Tensor, weights: Tensor) -> tuple[int, int, int]:
-    """Tokens, and bytes of a row and of a routing weight."""
-    width = hidden_states.shape[-1]
-    return hidden_states.numel() // width, width * hidden_states.element_size(), weights.element_size()
+def _sizes(shape: torch.Size, rows: Tensor, weights: Tensor) -> tuple[int, int, int]:
+    """Tokens of a layer's input of this shape; bytes of a row and of a routing weight."""
+    return math.prod(shape[:-1]), shape[-1] * rows.element_size(), weights.element_size()
+
+
+def _first(x: Tensor, number: int) -> Tensor:
+    """The first entries; x itself where these are all, whose gradient is then no copy."""
+    return x if x.shape[0] == number else x[:number]

@@ -18,6 +18,7 @@ from megatron_xmoe.dispatch.capacity import expert_capacity
 from megatron_xmoe.dispatch.exchange import guards_by_default
 from megatron_xmoe.dispatch.state import DispatchState
 from megatron_xmoe.ops import Routes, RowsSource, build_routes_from_map, gather_rows, merge_order
+from megatron_xmoe.ops.grouped_gemm import Groups
 from megatron_xmoe.parallel_state import NodeTopology
 
 
@@ -100,17 +101,15 @@ class PaddingFreeDispatcher(MoETokenDispatcher):
         dist.all_gather_into_tensor(everywhere, received.contiguous(), group=self.tp_group)
         return everywhere.view(self.tp_size, *received.shape)
 
-    def arrival_state(self, received: Tensor, device: torch.device, ordered: bool = False) -> dict:
+    def arrival_state(self, received: Tensor, on_device: Tensor | None) -> dict:
         """Fields of DispatchState about what arrives.
 
-        Args:
-            received: [ETP, G, E / G] on the CPU.
-            device: of the rows.
-            ordered: the rows of a rank are in the experts' order already, whatever their sources.
+        Args: received [ETP, G, E / G] on the CPU; the same on the rows' device, or None where the rows of a rank are in
+            the experts' order already, whatever their sources.
         """
         order = None, None
-        if not ordered and self.num_local_experts > 1 and received.shape[0] * received.shape[1] > 1:
-            order = merge_order(received.flatten(0, 1).to(device, non_blocking=True), int(received.sum()))
+        if on_device is not None and self.num_local_experts > 1 and received.shape[0] * received.shape[1] > 1:
+            order = merge_order(on_device.flatten(0, 1), int(received.sum()))
         return {
             "tensor_splits": received.sum(dim=(1, 2)).tolist(),
             "tokens_per_expert": received.sum(dim=(0, 1)),
@@ -120,10 +119,15 @@ class PaddingFreeDispatcher(MoETokenDispatcher):
 
     def dispatch_postprocess(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Returns rows [M, H] in expert order, rows of each local expert [E / G] (on the CPU) and weights [M]."""
-        source, tokens_per_expert, probs = self.expert_rows(hidden_states, probs)
-        return source.gathered(), tokens_per_expert, probs
+        source, groups, probs = self.expert_rows(hidden_states, probs)
+        return source.gathered(), groups.counts, probs
 
-    def expert_rows(self, hidden_states: Tensor, probs: Tensor) -> tuple[RowsSource, Tensor, Tensor]:
+    def groups_of(self, device: torch.device) -> Groups:
+        """Which of the rows that arrived belong to which expert."""
+        counts, ends = self.state.tokens_per_expert, self.state.ends
+        return Groups.of(counts, device) if ends is None else Groups(counts, ends)
+
+    def expert_rows(self, hidden_states: Tensor, probs: Tensor) -> tuple[RowsSource, Groups, Tensor]:
         """`dispatch_postprocess` for experts that gather their rows themselves, and need not keep them for backward."""
         if self.sources > 1:
             hidden_states, probs = (self._gather(hidden_states), self._gather(probs))
@@ -136,7 +140,7 @@ class PaddingFreeDispatcher(MoETokenDispatcher):
         if order is not None:
             source = RowsSource(hidden_states, order, inverse.unsqueeze(1))
             probs = gather_rows(probs.unsqueeze(1), order, inverse.unsqueeze(1)).squeeze(1)
-        return source, self.state.tokens_per_expert, probs
+        return source, self.groups_of(probs.device), probs
 
     def combine_preprocess(self, hidden_states: Tensor) -> Tensor:
         """Put expert outputs [M, H] back into the order of arrival, summed over expert-tensor-parallel ranks."""

@@ -112,7 +112,7 @@ class RedundancyBypassDispatcher(PaddingFreeDispatcher):
             probs_dtype=probs.dtype,
             plan=plan,
             copies=copies,
-            **self.arrival_state(everywhere, tokens.device, ordered=self.tp_size == 1),
+            **self.arrival_state(everywhere, None if self.tp_size == 1 else everywhere.to(tokens.device)),
         )
         return tokens, routes.combine_weights[:sent]
 

@@ -1,6 +1,6 @@
 """What a dispatch leaves behind for its combine."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -34,6 +34,9 @@ class DispatchState:
     probs_dtype: torch.dtype
     """Of the routing weights, in which partial results of expert-tensor-parallel ranks are summed."""
 
+    ends: Tensor | None = field(default=None, kw_only=True)
+    """[E / G] int32 on the device, cumulative `tokens_per_expert`; None where they are not there yet."""
+
 
 @dataclass(frozen=True)
 class AllToAllState(DispatchState):
@@ -44,6 +47,9 @@ class AllToAllState(DispatchState):
 
     token_ids: Tensor
     """[N] int32: the token of each sent row."""
+
+    sent: Tensor | None
+    """[G, E / G] int64 on the CPU: this rank's rows for each expert; None where nothing is sent."""
 
     input_splits: list[int]
     """Rows sent to each of the G ranks; sums to N. Empty where nothing is sent."""

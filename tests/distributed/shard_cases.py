@@ -336,7 +336,7 @@ class Work:
 
 def work_of(layout: Layout, mode: str, length: int) -> Work:
     """A pass through one block, watched."""
-    from megatron_xmoe import layer as layer_module
+    from megatron_xmoe.dispatch import all_to_all
 
     case, counted, seen, gathers = Case("work", length=length), [], [], []
     gather = dist.all_gather_into_tensor
@@ -346,9 +346,9 @@ def work_of(layout: Layout, mode: str, length: int) -> Work:
         block = model.module.layers[0].mlp
         compute, preprocess, sent = block.experts.forward, block.preprocess, []
 
-        def watched_experts(rows, tokens_per_expert, probs):
-            seen.append(int(tokens_per_expert.sum()))
-            return compute(rows, tokens_per_expert, probs)
+        def watched_experts(rows, groups, probs):
+            seen.append(int(groups.counts.sum()))
+            return compute(rows, groups, probs)
 
         def watched_preprocess(*args):
             result = preprocess(*args)
@@ -356,7 +356,10 @@ def work_of(layout: Layout, mode: str, length: int) -> Work:
             return result
 
         block.experts.forward, block.preprocess = watched_experts, watched_preprocess
-        stack.enter_context(mock.patch.object(layer_module, "count_routes", lambda _, rows: counted.append(rows.sum())))
+        replace = lambda name, new: stack.enter_context(mock.patch.object(all_to_all, name, new))  # noqa: E731
+        replace("recording", lambda: True)
+        replace("record_traffic", lambda _layer, _traffic, sent: counted.append(int(sent.sum())))
+        replace("record_traffic_later", lambda _layer, sent, _traffic: counted.append(int(sent.sum())))
         watch = lambda *args, **options: gathers.append(1) or gather(*args, **options)  # noqa: E731
         stack.enter_context(mock.patch.object(dist, "all_gather_into_tensor", watch))
         x, _, _ = batch_of(case, 0)

@@ -106,7 +106,7 @@ def test_layers_of_further_tokens_are_counted_after_the_others(monkeypatch):
     counted = []
     monkeypatch.setattr("megatron_xmoe.layer.count_routes", lambda number, routing_map: counted.append(number))
     for is_mtp_layer in (False, True):
-        built = layer(partial(classes()[1], is_mtp_layer=is_mtp_layer))
+        built = layer(partial(classes()[1], is_mtp_layer=is_mtp_layer), moe_expert_capacity_factor=1.0)
         built.route(tokens())
     assert counted == [1, 2]  # of a model with one layer
 

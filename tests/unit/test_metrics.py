@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_xmoe import figures, metrics, profiling
 from megatron_xmoe.metrics import XMoETracker
-from megatron_xmoe.profiling import STAGES, MemoryProbe, StageClock, profile_range
+from megatron_xmoe.profiling import EXCHANGES, STAGES, MemoryProbe, StageClock, profile_range
 from megatron_xmoe.traffic import Traffic, flat_traffic
 
 EXPERTS, TOPK, TOKENS = 4, 2, 10
@@ -86,9 +86,9 @@ def test_redundancy_of_traffic():
 def test_figures_of_layers():
     """Layer 1: one expert idle, one with half of the routes; layer 2 has no experts at all."""
     loads = np.array([[4.0, 2, 2, 0], [0, 0, 0, 0]])
-    sums = sums_of(passes=[2, 0], routes=[6, 0], routes_remote=[4, 0], inter_rows=[1, 0], inter_bytes=[2**22, 0],
-                   intra_bytes=[2**21, 0], padding_rows=[2, 0], padding_bytes=[2**20, 0], dispatch=[3, 0],
-                   combine=[1, 0])  # fmt: skip
+    sums = sums_of(passes=[4, 0], timed_passes=[2, 0], routes=[6, 0], routes_remote=[4, 0], inter_rows=[1, 0],
+                   inter_bytes=[2**23, 0], intra_bytes=[2**22, 0], padding_rows=[2, 0], padding_bytes=[2**21, 0],
+                   dispatch=[3, 0], combine=[1, 0])  # fmt: skip
     expected = {
         "load-max": 2.0,
         "load-entropy": (0.5 * 1 + 2 * 0.25 * 2) / 2,  # bits, of log2(4)
@@ -112,7 +112,8 @@ def test_figures_of_layers():
 def test_overall_figures():
     """Balance is the mean over layers, all else is of the sums; the worst layer is named."""
     loads = np.array([[2.0, 2, 2, 2], [8, 8, 0, 0]])
-    sums = sums_of(passes=[1, 1], routes=[8, 12], routes_remote=[1, 9], inter_rows=[1, 4], dispatch=[1, 5])
+    sums = sums_of(passes=[1, 1], timed_passes=[1, 1], routes=[8, 12], routes_remote=[1, 9], inter_rows=[1, 4],
+                   dispatch=[1, 5])  # fmt: skip
     of_layers, overall = figures.figures_of_model(loads, sums)
     assert of_layers["load-max"].tolist() == [1, 2]
     assert overall["load-max"] == 1.5 and overall["load-entropy"] == 0.75 and overall["idle-experts"] == 0.25
@@ -139,7 +140,7 @@ def test_console_text():
 
 def test_breakdown_table():
     times = dict.fromkeys(STAGES, [0.0, 0.0]) | {"gate": [1.0, 1.0], "experts": [4.0, 2.0]}
-    breakdown = figures.breakdown_of(sums_of(passes=[2, 2], **times))
+    breakdown = figures.breakdown_of(sums_of(passes=[2, 2], timed_passes=[2, 2], **times))
     table = figures.breakdown_table(breakdown, 3, 4).splitlines()
     assert "iterations 3 to 4" in table[0]
     assert [line.split()[-2:] for line in table[2:]] == [
@@ -198,6 +199,21 @@ def test_evaluation_and_recomputation_are_not_counted(install, recompute):
     loads, sums, _ = tracker._reduce()
     assert loads.sum() == TOKENS * TOPK
     assert sums["passes"].tolist() == [1] and sums["routes"].tolist() == [TOKENS * TOPK]
+
+
+def test_exchanges_are_timed_in_the_iteration_that_is_logged(install):
+    tracker, built = install(log_interval=3), layer(classes()[1])
+    timed = []
+    for iteration in range(1, 7):
+        tracker._memory.arm(False)
+        timed.append(tracker.watched_stages == frozenset(EXCHANGES))
+        built(tokens())
+        if iteration == 6:
+            _, sums, _ = tracker._reduce()
+        report(tracker, iteration)
+    assert timed == [True, False, True, False, False, True]  # at first it is not known how far away a report is
+    assert sums["passes"].tolist() == [3] and sums["timed_passes"].tolist() == [1]
+    assert sums["dispatch"][0] + sums["combine"][0] > 0
 
 
 def test_clearing_after_an_evaluation_keeps_the_interval(install):
