@@ -123,12 +123,13 @@ def _run_rank(rank: int, world_size: int, store: str, task: bytes) -> Any:
 def install_platform() -> None:
     """Put megatron_xmoe's stand-ins in place for a machine without an accelerator, and its repairs of the wheel."""
     warnings.filterwarnings("ignore", message=".*([Aa]pex|[Tt]ransformer.[Ee]ngine|absl).*")
-    from megatron_xmoe.platform import cpu, wheel
+    from megatron_xmoe.platform import cpu, multi_tensor, wheel
 
     assert "megatron" not in sys.modules, "the stand-ins must be in place before Megatron is imported"
     if cpu.needed():
         cpu.install()
     wheel.install()
+    multi_tensor.install()
 
 
 @contextmanager

@@ -1,13 +1,23 @@
 """Norms and scaling of many tensors at once, in the places of Megatron's own for want of Transformer Engine and Apex.
 
-Megatron's wait for the GPU once a tensor, and scale by a product and a copy a tensor.
+Megatron's wait for the GPU once a tensor, and scale by a product and a copy a tensor. Part of backend xmoe.
 """
 
 import functools
 
 import torch
 
-from megatron_xmoe.platform.patching import Replacement
+from megatron_xmoe.platform.patching import Replacement, apply
+
+
+def install() -> list[Replacement]:
+    """Put them in place; a second call changes nothing. Returns what may be in place, for the start-up report.
+
+    Raises:
+        RuntimeError: a symbol to replace does not exist in the installed version.
+    """
+    apply(REPLACEMENTS)
+    return list(REPLACEMENTS)
 
 
 def _if_local(make):

@@ -1,6 +1,4 @@
 """What the megatron-core wheel does not do as shipped, on a GPU or not: index builder, exact resume, fused Adam.
-
-Also what multi_tensor.py has: norms and scaling of many tensors at once.
 """
 
 import functools
@@ -8,7 +6,6 @@ import importlib.util
 
 import torch
 
-from megatron_xmoe.platform import multi_tensor
 from megatron_xmoe.platform.patching import Replacement, apply
 
 
@@ -171,5 +168,4 @@ REPLACEMENTS = [
         _like_the_decoder,
         "it builds the layers for further tokens from the stock spec, whatever the decoder's spec is",
     ),
-    *multi_tensor.REPLACEMENTS,
 ]

@@ -66,7 +66,7 @@ def adjust(args: argparse.Namespace, given: set[str], on_cpu: bool) -> list[str]
     if args.num_experts:
         _for_experts(changes)
     _for_the_loop(changes)
-    if not args.add_bias_linear and args.hidden_dropout == 0:
+    if args.moe_backend == "xmoe" and not args.add_bias_linear and args.hidden_dropout == 0:
         why = "no biases and no dropout: one addition is left, and calling what was compiled costs more"
         changes.switch_off("bias_dropout_fusion", "--no-bias-dropout-fusion", why)
     return changes.lines

@@ -21,6 +21,8 @@ def rotary_embedding(args: argparse.Namespace) -> Rotary:
         return Rotary(False, "")
     if args.apply_rope_fusion:
         return Rotary(False, "fused by Transformer Engine")
+    if args.moe_backend != "xmoe":
+        return Rotary(False, "Megatron's unfused function (backend megatron)")
     device_type = "cuda" if torch.cuda.is_available() else "cpu"
     if args.xmoe_rope_fusion and triton_is_usable(device_type):
         return Rotary(True, "fused by Triton, one launch a tensor")

@@ -12,7 +12,7 @@ from megatron.training.models.gpt import default_layer_spec
 
 from megatron_xmoe.backend import apply_moe_backend
 from megatron_xmoe.metrics import install_metrics
-from megatron_xmoe.platform import placement, rotary
+from megatron_xmoe.platform import multi_tensor, placement, rotary
 from megatron_xmoe.training import checks
 from megatron_xmoe.training.arguments import xmoe_config_from_args
 from megatron_xmoe.training.defaults import adjust
@@ -64,6 +64,8 @@ def use_backend(model_config, adjustments: list[str], stand_ins: int, repairs: i
     if xmoe.xmoe_ep_placement == "dp-first":
         placement.install_dp_first()
     apply_moe_backend(model_config, xmoe, _stock_spec(model_config.transformer_layer_spec))
+    if args.moe_backend == "xmoe":
+        repairs += len(multi_tensor.install())
     if rotary_embedding(args).ours:
         rotary.install()
 

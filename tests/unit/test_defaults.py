@@ -14,8 +14,8 @@ DROPOUT = "--no-bias-dropout-fusion"
 
 
 def adjusted(monkeypatch, command: str, on_cpu: bool = False):
-    """Arguments and the lines about them, as on a GPU."""
-    monkeypatch.setattr("sys.argv", ["pretrain_xmoe.py", *command.split()])
+    """Arguments and the lines about them, as on a GPU; with backend xmoe, unless another is given."""
+    monkeypatch.setattr("sys.argv", ["pretrain_xmoe.py", *f"--moe-backend xmoe --num-experts 4 {command}".split()])
     args, given, _ = parse()
     return args, adjust(args, given, on_cpu)
 
@@ -27,7 +27,8 @@ def adjusted(monkeypatch, command: str, on_cpu: bool = False):
         ("--disable-bias-linear --hidden-dropout 0.1", False),
         ("--hidden-dropout 0", False),
         # shared experts have no biases, so the linear layers lose theirs
-        ("--hidden-dropout 0 --moe-backend xmoe --num-experts 4 --moe-shared-expert-intermediate-size 8", True),
+        ("--hidden-dropout 0 --moe-shared-expert-intermediate-size 8", True),
+        ("--disable-bias-linear --hidden-dropout 0 --moe-backend megatron", False),
     ],
 )
 def test_one_addition_is_not_compiled(monkeypatch, command, off):
@@ -47,6 +48,7 @@ def test_an_option_of_the_users_is_not_listed(monkeypatch):
     [
         ("", True, "auto", True, "fused by Triton, one launch a tensor"),
         ("--rotary-interleaved", True, "triton", True, "fused by Triton"),
+        ("--moe-backend megatron", True, "auto", False, "Megatron's unfused function (backend megatron)"),
         ("--no-rope-fusion", True, "auto", False, "Megatron's unfused function (--no-rope-fusion)"),
         ("", True, "reference", False, "(plain torch is pinned)"),
         ("", False, "auto", False, "(no Triton kernel: a reason)"),
