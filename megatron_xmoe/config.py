@@ -94,6 +94,11 @@ class XMoEConfig:
     --accumulate-allreduce-grads-in-fp32 or --bf16) by the matrix products themselves. 'auto' does unless
     --no-gradient-accumulation-fusion is given. Needs no Apex, unlike the same in Megatron's own layers."""
 
+    xmoe_router_fusion: Literal["auto", "off"] = "auto"
+    """Whether this project's kernels choose experts, weigh them and compute the load-balancing losses, in a few
+    launches instead of about forty. 'auto' sets --moe-router-fusion on a GPU where they serve the options and Triton
+    can run, and says so at start-up; 'off' leaves Megatron's own functions, for comparison. For --moe-backend xmoe."""
+
     xmoe_metrics: Literal["off", "summary", "layers"] = "summary"
     """Figures about the experts in Megatron's log, every --log-interval iterations. 'summary' puts the balance of the
     experts, dropped routes, traffic between nodes and the time of the all-to-alls into the console's line, and these

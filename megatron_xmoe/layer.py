@@ -139,6 +139,12 @@ class XMoELayer(MoELayer):
 
         Args: hidden_states [S, B, H]; padding_mask [S, B] bool. Returns probs [T, E] and routing_map [T, E] bool.
         """
+        drops = self.config.moe_expert_capacity_factor is not None
+        if padding_mask is not None and self.router.enable_expert_bias and (drops or self.sequence.mode == "sharded"):
+            raise ValueError(
+                "a padding mask with --moe-router-enable-expert-bias, and dropping or a sharded sequence: what the "
+                "bias follows would be counted wrongly. Fix: leave one of them out"
+            )
         probs, routing_map = self.sequence.route(self._route, self.router, hidden_states, padding_mask)
         if self.config.moe_expert_capacity_factor is not None:
             count_routes(self._number_in_model, routing_map)

@@ -132,7 +132,7 @@ class XMoETracker(MoEMetricsTracker):
         self.num_layers, self.num_experts = num_layers, num_experts
         self._layers = range(1, num_layers + 1)
         self._clock = StageClock(STAGES if breakdown else EXCHANGES)
-        self._timed = True
+        self._timed = breakdown or log_interval == 1  # of other intervals the next report is not known yet
         self._memory = MemoryProbe()
         self._first_iteration: int | None = None
         self._device = torch.cuda.current_device()

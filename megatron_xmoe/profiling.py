@@ -26,8 +26,8 @@ _RANGES = {stage: f"xmoe.{stage}" for stage in STAGES}
 class StageClock:
     """Times stages by events that the device reaches; on a CPU, where work is done at once, by its clock.
 
-    Nothing waits: events are read in `read`, or when so many stages came after them that they have long happened: a
-    layer's pass waits for the device anyway. Of nested stages, the outer one gets what the inner ones leave.
+    Events are read in `read`, or once MOST_PENDING stages came after them, so the host runs no further than that ahead
+    of the device. Of nested stages, the outer one gets what the inner ones leave.
     """
 
     def __init__(self, stages: Collection[str]):

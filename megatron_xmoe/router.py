@@ -132,6 +132,8 @@ def why_not_fused(options, experts: int, xmoe: XMoEConfig) -> str:
         experts: E.
         xmoe: the options of X-MoE.
     """
+    if xmoe.xmoe_router_fusion == "off":
+        return "--xmoe-router-fusion off"
     balancing = options.moe_router_load_balancing_type
     for name in ("sinkhorn", "quantile_balancing"):
         if name in ([balancing] if isinstance(balancing, str) else balancing):

@@ -379,6 +379,7 @@ def check_refusals() -> None:
         changed = copy.copy(served)
         vars(changed).update(options)
         assert words in why_not_fused(changed, 8, usual), options
+    assert "--xmoe-router-fusion off" in why_not_fused(served, 8, replace(usual, xmoe_router_fusion="off"))
     assert "--xmoe-group-score max" in why_not_fused(served, 8, replace(usual, xmoe_group_score="max"))
     assert "--xmoe-kernels reference" in why_not_fused(served, 8, replace(usual, xmoe_kernels="reference"))
 

@@ -64,7 +64,7 @@ def parse(argv: list[str] | None) -> Namespace:
     what.add_argument("--dtype", choices=DTYPES, default="bf16" if gpu else "fp32", help="of the rows")
     what.add_argument("--layer", action="store_true", help="also the whole layer with grouped experts")
     what.add_argument("--ffn", type=positive_number(int), default=2048 if gpu else 32, help="FFN size of the experts")
-    once = "fail unless the layer's forward pass waits for the GPU once and its backward never"
+    once = "fail unless the layer waits for the GPU once forward (one rank in 16 bits: never), and never backward"
     what.add_argument("--check-syncs", action="store_true", help=once)
     where = parser.add_argument_group("where")
     where.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if gpu else "cpu", help="NCCL or gloo")

@@ -32,7 +32,8 @@ class AllToAllDispatcher(PaddingFreeDispatcher):
     """Sends each routed row to the rank of its expert and sums the results per token. See PaddingFreeDispatcher.
 
     Where all experts are on this rank, nothing is sent: the tokens themselves go through the stages, and the experts
-    take their rows from them. If nothing is dropped either, no number is needed on the host, which waits for nothing.
+    take their rows from them. If nothing is dropped either, no number is needed here on the host; experts that need
+    their numbers of rows there wait themselves.
     """
 
     @property
@@ -54,11 +55,15 @@ class AllToAllDispatcher(PaddingFreeDispatcher):
         if self.all_experts_here and not drops:
             return self._keep(hidden_states, routes)
         counts = self._exchange_counts(routes.tokens_per_expert)
+        on_host = counts.to("cpu", non_blocking=True)
+        there = torch.cuda.Event()
+        there.record()
+        # what the device does while the host reads the counts
         ends = counts[1:].sum(dim=(0, 1)).cumsum(0, dtype=torch.int32)
         rows = hidden_states.reshape(-1, hidden_states.shape[-1])
-        if not (drops or self.all_experts_here):  # while the counts travel; any rows after the last are cut off
+        if not (drops or self.all_experts_here):  # any rows after the last route's are cut off
             rows = gather_rows(rows, routes.token_ids, routes.inverse)
-        on_host = counts.cpu()  # the one host synchronisation
+        there.synchronize()  # the one host synchronisation
         sent, received = on_host[0], on_host[1:]
         num_rows = int(sent.sum())
         self.state = AllToAllState(
@@ -126,7 +131,7 @@ class AllToAllDispatcher(PaddingFreeDispatcher):
         num_rows = int(counts.sum())
         if self.all_experts_here:
             self.state = replace(self.state, token_ids=self.state.token_ids[:num_rows])
-        return rows[:num_rows], counts, probs[:num_rows]
+        return _first(rows, num_rows), counts, _first(probs, num_rows)
 
     def expert_rows(self, hidden_states: Tensor, probs: Tensor) -> tuple[RowsSource, Groups, Tensor]:
         """See PaddingFreeDispatcher; the rows of experts that are all here are taken from the tokens."""

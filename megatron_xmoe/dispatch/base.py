@@ -27,7 +27,8 @@ class PaddingFreeDispatcher(MoETokenDispatcher):
 
     Megatron's signatures of the six stages have no place for metadata, so the state of the pass between
     `dispatch_preprocess` and `combine_postprocess` is one frozen DispatchState in `self.state`.
-    A pass has one host synchronisation, for the split sizes of the exchanges, and none where nothing is exchanged.
+    A pass has one host synchronisation, for the split sizes of the exchanges, and none where nothing is exchanged,
+    nothing dropped, and the experts' products take numbers of rows from the device.
 
     Where experts are sharded over expert-tensor-parallel ranks, these first gather each other's rows, and their partial
     results are summed and scattered back. Where these ranks hold the same tokens, each has all rows already, and the

@@ -7,17 +7,17 @@ import functools
 
 import torch
 
-from megatron_xmoe.platform.patching import Replacement, apply
+from megatron_xmoe.platform.patching import Replacement, apply, is_in_place
 
 
 def install() -> list[Replacement]:
-    """Put them in place; a second call changes nothing. Returns what may be in place, for the start-up report.
+    """Put them in place; a second call changes nothing. Returns those that are, for the start-up report.
 
     Raises:
         RuntimeError: a symbol to replace does not exist in the installed version.
     """
     apply(REPLACEMENTS)
-    return list(REPLACEMENTS)
+    return [replacement for replacement in REPLACEMENTS if is_in_place(replacement)]
 
 
 def _if_local(make):

@@ -32,16 +32,33 @@ def apply(replacements: Sequence[Replacement]) -> int:
     return sum(_apply_one(replacement) for replacement in replacements)
 
 
-def _apply_one(replacement: Replacement) -> bool:
+def is_in_place(replacement: Replacement) -> bool:
+    """Whether something stands in for the symbol.
+
+    Raises:
+        RuntimeError: the symbol does not exist.
+    """
+    owner, name = _place(replacement)
+    return hasattr(getattr(owner, name), _MARK)
+
+
+def _place(replacement: Replacement) -> tuple[Any, str]:
+    """What has the symbol as an attribute, and the attribute's name."""
     module_name, _, path = replacement.target.partition(":")
     *parents, name = path.split(".")
     try:
         owner = importlib.import_module(module_name)
         for parent in parents:
             owner = getattr(owner, parent)
-        original = getattr(owner, name)
+        getattr(owner, name)
     except (ImportError, AttributeError) as error:
         raise RuntimeError(_moved(replacement, module_name, error)) from error
+    return owner, name
+
+
+def _apply_one(replacement: Replacement) -> bool:
+    owner, name = _place(replacement)
+    original = getattr(owner, name)
     if getattr(original, _MARK, None) is not None:
         return False
     stand_in = replacement.make(original)

@@ -58,7 +58,7 @@ def print_report(xmoe: XMoEConfig, adjustments: list[str], stand_ins: int, repai
         f"attention    {_attention(args)}",
         *([f"rotary       {rotary}"] if rotary else []),
         f"device       {_device(stand_ins)}",
-        f"repairs      {repairs} in Megatron-Core's wheel, listed in megatron_xmoe/platform/wheel.py",
+        f"repairs      {repairs} in Megatron-Core's wheel, see megatron_xmoe/platform (wheel.py, multi_tensor.py)",
         f"nodes        {nodes}",
         *(f"placement    {line}" for line in _placement(xmoe, args)),
         *(f"groups       {line}" for line in _groups()),

@@ -77,6 +77,14 @@ def test_bias_counts_what_is_kept(factor):
     assert_close(outputs[1], outputs[0])
 
 
+def test_padding_is_not_counted_wrongly():
+    """With padding the expert bias follows valid tokens, which the correction for dropped routes does not know."""
+    built = layer(classes()[1], moe_expert_capacity_factor=1.0, moe_router_score_function="sigmoid",
+                  moe_router_enable_expert_bias=True)  # fmt: skip
+    with pytest.raises(ValueError, match="a padding mask with --moe-router-enable-expert-bias, and dropping"):
+        built(tokens(), padding_mask=torch.zeros(1, TOKENS, dtype=torch.bool))
+
+
 def test_only_the_routers_own_dropping_is_off():
     """The configuration that the rest of the layer shares keeps the factor."""
     built = layer(classes()[1], moe_expert_capacity_factor=0.5)
