@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import replace
-from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -88,9 +87,8 @@ class AllToAllDispatcher(PaddingFreeDispatcher):
         """`dispatch_preprocess` of tokens that stay here with all their routes."""
         weights, counts = routes.combine_weights, routes.tokens_per_expert
         if recording():
-            names, sizes = ("tokens", "row_bytes", "weight_bytes"), _sizes(hidden_states.shape, hidden_states, weights)
-            sizes = dict(zip(names, sizes, strict=True))
-            record_traffic_later(self.layer_number, counts, partial(self._traffic, **sizes))
+            sizes = _sizes(hidden_states.shape, hidden_states, weights)
+            record_traffic_later(self.layer_number, counts, lambda sent: self._traffic(sent, *sizes))
         self.state = AllToAllState(
             hidden_shape=hidden_states.shape,
             inverse=routes.inverse,
