@@ -67,7 +67,9 @@ def activation_bytes(args, rank: Rank) -> float:
     experts = 0.0
     if args.num_experts:
         shared = (args.moe_shared_expert_intermediate_size or 0) * (gated + 1) / tensor
-        experts = norm + tokens * args.moe_router_topk * _route_width(args, gated) + whole * shared
+        own, width = _routed(args, tokens, gated)
+        # what goes into the norm, and the part of what comes out that this rank routes
+        experts = (tokens + own) * args.hidden_size + own * args.moe_router_topk * width + whole * shared
     layers = rank.dense_layers * (attention + dense) + rank.expert_layers * (attention + experts)
     if args.recompute_granularity == "full":  # the layers' inputs, and one layer at a time
         inputs = (rank.dense_layers + rank.expert_layers) * tokens * args.hidden_size
@@ -79,12 +81,20 @@ def activation_bytes(args, rank: Rank) -> float:
     return rank.micro_batches * layers * size + head
 
 
-def _route_width(args, gated: int) -> float:
-    """Elements that X-MoE's experts keep for each route."""
-    ffn = args.moe_ffn_hidden_size / (args.expert_tensor_parallel_size or args.tensor_model_parallel_size)
+def _routed(args, tokens: int, gated: int) -> tuple[int, float]:
+    """Tokens of a rank's Mixture-of-Experts block, of `tokens` that enter it, and elements that X-MoE's experts keep
+    for each of their routes."""
+    from megatron_xmoe.training.option_table import sequence_mode
+
+    mode, tensor = sequence_mode(args), args.tensor_model_parallel_size
+    shards = args.expert_tensor_parallel_size or tensor  # of an expert
     # rows are kept as they arrived; where none is sent they are the tokens, which are the output of the norm
-    rows = args.hidden_size if args.expert_model_parallel_size * (args.expert_tensor_parallel_size or 1) > 1 else 0
-    return rows + (0 if args.xmoe_recompute_activation else gated * ffn)
+    rows = args.hidden_size if args.expert_model_parallel_size * shards > 1 else 0
+    width = rows + (0 if args.xmoe_recompute_activation else gated * args.moe_ffn_hidden_size / shards)
+    if mode == "sharded":
+        tokens = -(-tokens // tensor)
+    # ranks that share an expert get each other's rows, unless they have the same
+    return tokens, width * (1 if mode == "duplicated" else shards)
 
 
 def _attention_width(args) -> int:

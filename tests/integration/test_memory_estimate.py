@@ -32,11 +32,36 @@ MODEL = f"""--num-layers {LAYERS} --hidden-size {HIDDEN} --num-attention-heads 4
     ],
 )
 def test_estimate_of_what_a_forward_pass_keeps(options, unfused):
-    job = run_script(Path(__file__).with_name("memory_job.py"), *MODEL, *options.split())
-    kept, estimated = json.loads(job.output.splitlines()[-1])
+    kept, estimated = kept_and_estimated(options)
     # kept on a CPU only, where norms and gates of dense layers are not fused: normalised values, activated gates
     on_cpu = 4 * TOKENS * ((2 * LAYERS + 1) * HIDDEN + unfused)
     assert 0.87 * kept < estimated + on_cpu < 1.02 * kept
+
+
+TP2 = "--tensor-model-parallel-size 2 --swiglu --moe-router-topk 6"
+
+
+@pytest.mark.parametrize(
+    ("options", "share"),
+    [
+        ("--expert-model-parallel-size 2", 1),  # a sharded sequence
+        pytest.param("--expert-model-parallel-size 2 --sequence-parallel", 2, marks=pytest.mark.slow),
+        pytest.param("--expert-tensor-parallel-size 2 --sequence-parallel", 2, marks=pytest.mark.slow),
+        pytest.param("--expert-tensor-parallel-size 2 --xmoe-sequence-shard off", 1, marks=pytest.mark.slow),
+        pytest.param("--expert-model-parallel-size 2 --xmoe-sequence-shard off", 1, marks=pytest.mark.slow),
+    ],
+)
+def test_estimate_with_tensor_parallelism(options, share):
+    """Of `share` ranks each has its part of the sequence outside of the blocks."""
+    kept, estimated = kept_and_estimated(f"{TP2} {options}", processes=2)
+    on_cpu = 4 * TOKENS // share * (2 * LAYERS + 1) * HIDDEN
+    assert 0.87 * kept < estimated + on_cpu < 1.02 * kept
+
+
+def kept_and_estimated(options: str, processes: int = 1) -> tuple[int, float]:
+    """Bytes, of the last rank."""
+    job = run_script(Path(__file__).with_name("memory_job.py"), *MODEL, *options.split(), processes=processes)
+    return json.loads(job.output.splitlines()[-1])
 
 
 def test_states_are_shared_by_the_data_parallel_ranks():

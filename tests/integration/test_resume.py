@@ -14,7 +14,13 @@ def saving(directory):
     return ["--save", str(directory)]
 
 
-@pytest.fixture(scope="module", params=["", "--use-distributed-optimizer"], ids=["plain", "distributed optimizer"])
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param("", id="plain", marks=pytest.mark.slow),
+        pytest.param("--use-distributed-optimizer", id="distributed optimizer"),
+    ],
+)
 def runs(request, tmp_path_factory):
     """20 iterations in one go, and the first 10 of the same run stopped by a checkpoint."""
     options = [*TOY, *DROPOUT, *SCHEDULE, *XMOE, *EP2, *request.param.split()]
