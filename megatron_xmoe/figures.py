@@ -10,8 +10,8 @@ from megatron_xmoe.profiling import EXCHANGES, STAGES
 MIB = 2**20
 
 TRAFFIC_SUMS = (
-    *("passes", "timed_passes", "routes", "routes_remote", "inter_rows", "inter_bytes", "intra_bytes"),
-    *("padding_rows", "padding_bytes"),
+    *("passes", "timed_passes", "routes", "routes_remote", "inter_rows", "inter_bytes", "intra_rows", "intra_bytes"),
+    *("saved_bytes", "padding_rows", "padding_bytes"),
 )
 SUMS = (*TRAFFIC_SUMS, *STAGES)
 """What is summed for each layer: a dispatcher's traffic, and milliseconds of each stage in passes that are timed."""
@@ -43,8 +43,12 @@ def figures_of_layers(loads: ndarray, sums: dict[str, ndarray]) -> dict[str, nda
         "padding-avoided": _divide(sums["padding_rows"], sums["padding_rows"] + sums["routes"]),
         "padding-avoided-MiB": _divide(sums["padding_bytes"], passes) / MIB,
         "redundancy": 1 - _divide(sums["inter_rows"], sums["routes_remote"]),
+        "inter-node-rows": _divide(sums["inter_rows"], passes),
         "inter-node-MiB": _divide(sums["inter_bytes"], passes) / MIB,
+        "intra-node-rows": _divide(sums["intra_rows"], passes),
         "intra-node-MiB": _divide(sums["intra_bytes"], passes) / MIB,
+        "saved-rows": _divide(sums["routes_remote"] - sums["inter_rows"], passes),
+        "saved-MiB": _divide(sums["saved_bytes"], passes) / MIB,
         "alltoall-ms": _divide(exchanges, timed),
     }
 
@@ -104,7 +108,11 @@ def console_text(figures: dict[str, float]) -> str:
         f"dropped: {figures['drop-rate']:.1%}",
     ]
     if not math.isnan(figures["redundancy"]):  # routes leave the node
-        parts.append(f"inter-node: {figures['inter-node-MiB']:.2f} MiB, {figures['redundancy']:.1%} saved")
+        parts.append(
+            f"inter-node: {figures['inter-node-MiB']:.2f} MiB, {figures['saved-MiB']:.2f} saved "
+            f"({figures['redundancy']:.1%} of the rows)"
+        )
+        parts.append(f"intra-node: {figures['intra-node-MiB']:.2f} MiB")
     if not math.isnan(figures["alltoall-ms"]):
         parts.append(
             f"all-to-all (ms): {figures['alltoall-ms']:.2f} "

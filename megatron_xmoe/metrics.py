@@ -166,8 +166,8 @@ class XMoETracker(MoEMetricsTracker):
         self._sent[layer_number - 1] += sent.reshape(-1)
         values = (
             *(1, timed, traffic.routes, traffic.routes_remote),
-            *(traffic.inter_rows, traffic.inter_bytes, traffic.intra_bytes),
-            *(traffic.padding_rows, traffic.padding_rows * traffic.row_bytes),
+            *(traffic.inter_rows, traffic.inter_bytes, traffic.intra_rows, traffic.intra_bytes),
+            *(2 * traffic.saved_rows * traffic.row_bytes, traffic.padding_rows, traffic.padding_rows * traffic.row_bytes),
         )
         row = self._traffic[layer_number - 1]
         for i, value in enumerate(values):

@@ -42,6 +42,11 @@ class Traffic(NamedTuple):
         return 1 - self.inter_rows / self.routes_remote if self.routes_remote else math.nan
 
     @property
+    def saved_rows(self) -> int:
+        """Rows that did not cross between nodes: routes to other nodes less rows sent there."""
+        return self.routes_remote - self.inter_rows
+
+    @property
     def inter_bytes(self) -> int:
         """Bytes to other nodes, dispatch and combine."""
         return 2 * self.inter_rows * self.row_bytes + self.inter_metadata

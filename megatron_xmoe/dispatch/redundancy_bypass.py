@@ -88,7 +88,7 @@ class RedundancyBypassDispatcher(PaddingFreeDispatcher):
             self.places = self._places(tokens.device)
         salt = salt_of(self.layer_number, self.ep_rank) if self.pilot == "balanced" else None
         copies = choose_copies(routes, self.places, salt)
-        told, everywhere = self._exchange_counts(copies.told)
+        told, received, on_device = self._exchange_counts(copies.told)
         counts = Counts(
             places=self.places,
             tokens=tokens.shape[0],
@@ -112,7 +112,7 @@ class RedundancyBypassDispatcher(PaddingFreeDispatcher):
             probs_dtype=probs.dtype,
             plan=plan,
             copies=copies,
-            **self.arrival_state(everywhere, None if self.tp_size == 1 else everywhere.to(tokens.device)),
+            **self.arrival_state(received, None if self.tp_size == 1 else on_device),
         )
         return tokens, routes.combine_weights[:sent]
 
@@ -162,17 +162,17 @@ class RedundancyBypassDispatcher(PaddingFreeDispatcher):
     def _places(self, device: torch.device | str) -> Places:
         return Places.of(self.topology.node_of, self.topology.rank, self.num_local_experts, device)
 
-    def _exchange_counts(self, told: Tensor) -> tuple[ndarray, Tensor]:
+    def _exchange_counts(self, told: Tensor) -> tuple[ndarray, Tensor, Tensor]:
         """On the host: `told` [2, G, 2R + L] of `Numbered`, now with what each rank tells this one; and the routes
-        [ETP, G, L] that its `sources` are told of, whose R can be others."""
+        [ETP, G, L] that its `sources` are told of, whose R can be others. And these on the device."""
         dist.all_to_all_single(told[1], told[0], group=self.ep_group)
-        local, size = self.num_local_experts, told.numel()
+        size, received = told.numel(), self.of_tensor_ranks(told[1, :, -self.num_local_experts :])
+        both = told.flatten() if self.sources == 1 else torch.cat([told.flatten(), received.flatten()])
+        both = both.cpu()  # the one host synchronisation of a pass
+        on_host = both[:size].view(told.shape)
         if self.sources == 1:
-            on_host = told.cpu()  # the one host synchronisation of a pass
-            return on_host.numpy(), self.of_tensor_ranks(on_host[1, :, -local:])
-        everywhere = self.of_tensor_ranks(told[1, :, -local:])
-        on_host = torch.cat([told.flatten(), everywhere.flatten()]).cpu()  # the same
-        return on_host[:size].view(told.shape).numpy(), on_host[size:].view(everywhere.shape)
+            return on_host.numpy(), on_host[1:, :, -self.num_local_experts :], received
+        return on_host.numpy(), both[size:].view(received.shape), received
 
     def _traffic(self, counts: Counts) -> Traffic:
         remote = counts.places.remote

@@ -171,11 +171,23 @@ def counted(case: Case, ranks: list[dict], number: int) -> dict[str, float]:
             traffic_bytes += elsewhere * (2 * HIDDEN + 1) * BYTES + (case.ep - 1) * local * BYTES
     total = sum(loads)
     if case.rbd and case.capacity is None:
-        traffic = {"redundancy": redundancy(ranks, number)}
+        routes, rows = crossing_nodes(ranks, number)
+        traffic = {
+            "redundancy": 1 - rows / routes,
+            "inter-node-rows": rows / passes,
+            "saved-rows": (routes - rows) / passes,
+            "saved-MiB": (routes - rows) * 2 * HIDDEN * BYTES / passes / 2**20,
+        }
     elif case.rbd:
         traffic = {}  # which routes are dropped is the dispatcher's
     else:
-        traffic = {"intra-node-MiB": traffic_bytes / passes / 2**20, "inter-node-MiB": 0.0}
+        traffic = {
+            "intra-node-rows": crossing / passes,
+            "intra-node-MiB": traffic_bytes / passes / 2**20,
+            "inter-node-rows": 0.0,
+            "inter-node-MiB": 0.0,
+            "saved-rows": 0.0,
+        }
     return traffic | {
         "load-max": max(loads) / total * EXPERTS,
         "load-entropy": -sum(n / total * math.log(n / total) for n in loads if n) / math.log(EXPERTS),
@@ -192,14 +204,14 @@ def counted(case: Case, ranks: list[dict], number: int) -> dict[str, float]:
     }
 
 
-def redundancy(ranks: list[dict], number: int) -> float:
-    """Share of the routes to the other node whose token goes there anyway; four ranks, two on each node."""
+def crossing_nodes(ranks: list[dict], number: int) -> tuple[int, int]:
+    """Routes to the other node, and tokens that go there; four ranks, two on each node."""
     routes, rows = 0, 0
     for rank in range(WORLD):
         for token in (token for routing_map in ranks[rank]["maps"][number] for token in routing_map):
             abroad = sum(chosen for expert, chosen in enumerate(token) if expert // (EXPERTS // 2) != rank // 2)
             routes, rows = routes + abroad, rows + (abroad > 0)
-    return 1 - rows / routes
+    return routes, rows
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

@@ -1,5 +1,7 @@
 """Which dispatcher a run takes by itself, and what the start-up block says about it."""
 
+import re
+
 from jobs import TOY, relative_difference, run_job
 
 RUN = [*TOY, *"--moe-backend xmoe --train-iters 2 --lr-decay-iters 2 --xmoe-dispatcher auto".split()]
@@ -25,6 +27,13 @@ def test_auto_takes_rbd_between_nodes():
         "node, so nothing crosses the network; nodes by host names)"
     ]
     assert relative_difference(over_nodes, on_one) < 1e-5
+    # about 16 tokens * 12 sequences / 4 ranks * 1.5 routes to the other node, of which the plain path spares none
+    shown = re.findall(
+        r"inter-node: ([0-9.]+) MiB, ([0-9.]+) saved \(([0-9.]+)% of the rows\) \| intra-node: ([0-9.]+) MiB \|",
+        over_nodes.output,
+    )
+    assert len(shown) == 2 and all(30 < float(share) < 50 and float(inside) > 0 for _, _, share, inside in shown)
+    assert "inter-node:" not in on_one.output
 
 
 def test_groups_that_lie_differently():
