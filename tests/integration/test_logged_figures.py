@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from jobs import REPOSITORY, TOY, run_job
+from jobs import REPOSITORY, TOY, run_job, run_script
 
 EXPERT_LAYERS, ITERATIONS = (2, 3, 5, 6, 7), (2, 4)  # of six layers, and one of multi-token prediction
 CONSOLE = re.compile(
@@ -111,3 +111,15 @@ def test_pictures(events):
     assert all(base64.b64decode(image).startswith(b"\x89PNG") for _, image in titles)
     rest = re.sub(r'src="data:[^"]*"', "", text)
     assert not re.search(r"https?:|<script|<link|src=|url\(", rest)  # nothing from elsewhere
+
+
+def test_what_the_figures_cost():
+    """tools/measure_metrics.py, with evaluation in every second turn."""
+    tool = REPOSITORY / "tools" / "measure_metrics.py"
+    options = [*TOY, *"--moe-backend xmoe --log-interval 2 --eval-interval 4 --eval-iters 1".split()]
+    job = run_script(tool, *options, "--train-iters", "16")
+    lines = [line for line in job.output.splitlines() if "iteration " in line and "expert load" in line]
+    assert len(lines) == 4  # of eight
+    assert re.search(r"in 3 turns of each kind(.*\n){3}the figures cost +-?[0-9.]+% ", job.output)
+    short = run_script(tool, *options, "--train-iters", "14", fails=True)
+    assert short.returncode == 2 and "--train-iters is 14; 8 turns of --log-interval 2 take 16" in short.errors
