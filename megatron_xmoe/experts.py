@@ -35,13 +35,15 @@ class ExpertWeight(torch.nn.Module):
             config.expert_tensor_parallel_size != config.tensor_model_parallel_size
         )
         self.weight.allreduce = not sharded
-        set_tensor_model_parallel_attributes(self.weight, is_parallel=True, dim=partition_dim, stride=1)
+        # a rank's rows of gated experts are of both halves, as Megatron's
+        sharding = {"dim": partition_dim, "stride": 2 if config.gated_linear_unit and partition_dim == 1 else 1}
+        set_tensor_model_parallel_attributes(self.weight, is_parallel=True, **sharding)
         self.bias = None
         if config.add_bias_linear:  # Megatron sees to it that no bias is shared
             self.bias = Parameter(torch.zeros(shape[:2], dtype=config.params_dtype, device=device))
             self.bias.allreduce = not sharded
             if partition_dim == 1:
-                set_tensor_model_parallel_attributes(self.bias, is_parallel=True, dim=1, stride=1)
+                set_tensor_model_parallel_attributes(self.bias, is_parallel=True, **sharding)
 
     def forward(self) -> tuple[Tensor, Tensor | None]:
         """The parameters. To be called: Megatron may still be gathering them, and waits for that in a hook."""

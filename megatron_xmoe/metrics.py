@@ -167,7 +167,7 @@ class XMoETracker(MoEMetricsTracker):
         values = (
             *(1, timed, traffic.routes, traffic.routes_remote),
             *(traffic.inter_rows, traffic.inter_bytes, traffic.intra_rows, traffic.intra_bytes),
-            *(2 * traffic.saved_rows * traffic.row_bytes, traffic.padding_rows, traffic.padding_rows * traffic.row_bytes),
+            *(traffic.saved_bytes, traffic.padding_rows, traffic.padding_rows * traffic.row_bytes),
         )
         row = self._traffic[layer_number - 1]
         for i, value in enumerate(values):

@@ -42,9 +42,9 @@ class Traffic(NamedTuple):
         return 1 - self.inter_rows / self.routes_remote if self.routes_remote else math.nan
 
     @property
-    def saved_rows(self) -> int:
-        """Rows that did not cross between nodes: routes to other nodes less rows sent there."""
-        return self.routes_remote - self.inter_rows
+    def saved_bytes(self) -> int:
+        """Bytes of rows that routes to other nodes did not need, dispatch and combine."""
+        return 2 * (self.routes_remote - self.inter_rows) * self.row_bytes
 
     @property
     def inter_bytes(self) -> int:

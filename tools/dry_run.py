@@ -137,7 +137,7 @@ def dry_run(container, options: argparse.Namespace) -> list[str]:
     whole = in_one_piece(model_config)
     padding = (args.padded_vocab_size - args.xmoe_vocab_size) * args.hidden_size
     padding *= 2 if args.untie_embeddings_and_output_weights else 1
-    memory = states | {"activations": activation_bytes(args, rank)}
+    memory = states | {"activations": sum(activation_bytes(args, rank))}
     torch.distributed.destroy_process_group()
     return [
         f"rank {options.rank} of {options.gpus}: {layout}; built with {how}",
@@ -229,12 +229,18 @@ def rank_of(args, chunks: list) -> Rank:
     """What the memory estimate needs to know of a rank's model chunks."""
     from megatron.core import parallel_state
     from megatron.core.num_microbatches_calculator import get_num_microbatches
+    from megatron.core.pipeline_parallel.schedules import get_pp_rank_microbatches
 
     parameters = [parameter for chunk in chunks for parameter in chunk.parameters()]
     expert = sum(p.numel() for p in parameters if not getattr(p, "allreduce", True))
     layers = [layer for chunk in chunks for layer in chunk.decoder.layers]
+    predicting = [layer for chunk in chunks if getattr(chunk, "mtp", None) for layer in chunk.mtp.layers]
+    if args.mtp_use_repeated_layer:
+        predicting *= args.mtp_num_layers
+    layers += [layer.mtp_model_layer for layer in predicting]
     with_experts = sum(getattr(layer, "is_moe_layer", False) for layer in layers)
-    stages, stage = args.pipeline_model_parallel_size, parallel_state.get_pipeline_model_parallel_rank()
+    group = args.microbatch_group_size_per_vp_stage or args.pipeline_model_parallel_size
+    passes, _, warm_up, _ = get_pp_rank_microbatches(get_num_microbatches(), len(chunks), group)
     return Rank(
         dense=sum(p.numel() for p in parameters) - expert,
         expert=expert,
@@ -242,8 +248,8 @@ def rank_of(args, chunks: list) -> Rank:
         expert_replicas=parallel_state.get_expert_data_parallel_world_size(),
         dense_layers=len(layers) - with_experts,
         expert_layers=with_experts,
-        last_stage=chunks[-1].post_process,
-        micro_batches=min(get_num_microbatches(), stages - stage),
+        heads=int(chunks[-1].post_process) + len(predicting),
+        in_flight=min(passes, warm_up + 1) / len(chunks),
     )
 
 

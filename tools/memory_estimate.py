@@ -14,9 +14,10 @@ class Rank:
     Args:
         dense, expert: numbers of parameters; each kind has its own data-parallel group.
         dense_replicas, expert_replicas: sizes of these groups.
-        dense_layers, expert_layers: number of layers of this rank, without and with experts.
-        last_stage: whether it computes logits.
-        micro_batches: how many are in flight at the same time.
+        dense_layers, expert_layers: number of layers of this rank, without and with experts, those of multi-token
+            prediction included.
+        heads: how often it computes logits, once and again for each layer of multi-token prediction.
+        in_flight: how many times the activations of these layers are kept at the same time.
     """
 
     dense: int
@@ -25,8 +26,8 @@ class Rank:
     expert_replicas: int
     dense_layers: int
     expert_layers: int
-    last_stage: bool
-    micro_batches: int
+    heads: int
+    in_flight: float
 
 
 def state_bytes(args, rank: Rank) -> dict[str, float]:
@@ -49,8 +50,9 @@ def state_bytes(args, rank: Rank) -> dict[str, float]:
     }
 
 
-def activation_bytes(args, rank: Rank) -> float:
-    """Bytes that the layers of a rank keep for backward, with balanced routing, fused norms and fused attention.
+def activation_bytes(args, rank: Rank) -> tuple[float, float]:
+    """Bytes that the layers of a rank keep for backward, with balanced routing, fused norms and fused attention; and
+    those of layers that are computed again, while they are.
 
     Counted are the inputs of norms and matrix products, queries, keys and values, and the experts' rows and
     pre-activations (X-MoE paper, section 5; Megatron's own Mixture-of-Experts layers keep more); left out are the
@@ -70,15 +72,22 @@ def activation_bytes(args, rank: Rank) -> float:
         own, width = _routed(args, tokens, gated)
         # what goes into the norm, and the part of what comes out that this rank routes
         experts = (tokens + own) * args.hidden_size + own * args.moe_router_topk * width + whole * shared
-    layers = rank.dense_layers * (attention + dense) + rank.expert_layers * (attention + experts)
-    if args.recompute_granularity == "full":  # the layers' inputs, and one layer at a time
-        inputs = (rank.dense_layers + rank.expert_layers) * tokens * args.hidden_size
-        layers = inputs + attention + max(dense * bool(rank.dense_layers), experts * bool(rank.expert_layers))
+    number = rank.dense_layers + rank.expert_layers
+    layers, working = rank.dense_layers * (attention + dense) + rank.expert_layers * (attention + experts), 0.0
+    if args.recompute_granularity == "full" and number:  # groups of layers keep their inputs, and are computed again
+        mean, block = layers / number, args.recompute_method == "block"
+        again = min(args.recompute_num_layers, number) if block else number
+        groups = again if block else -(-number // args.recompute_num_layers)
+        layers = groups * tokens * args.hidden_size + (number - again) * mean
+        working = mean if block else min(args.recompute_num_layers, number) * mean
     elif args.recompute_granularity == "selective" and "moe" in args.recompute_modules and rank.expert_layers:
-        layers -= (rank.expert_layers - 1) * (experts - norm)  # all but one layer's, at a time
+        layers -= rank.expert_layers * (experts - norm)
+        working = experts - norm
     # the last norm, and the logits' softmax in fp32
-    head = size * norm + 4 * whole * args.padded_vocab_size / tensor if rank.last_stage else 0
-    return rank.micro_batches * layers * size + head
+    head = rank.heads * (size * norm + 4 * whole * args.padded_vocab_size / tensor)
+    # each token predicted beyond the next: a token and a state, and their norms, which a projection takes together
+    predictions = max(rank.heads - 1, 0) * 3 * norm
+    return (rank.in_flight * layers + predictions) * size + head, working * size
 
 
 def _routed(args, tokens: int, gated: int) -> tuple[int, float]:

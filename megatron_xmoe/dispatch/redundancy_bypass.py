@@ -38,8 +38,9 @@ class RedundancyBypassDispatcher(PaddingFreeDispatcher):
     """Sends a token once to each other node and once to each rank of a node, and sums its results the same way back.
 
     Six exchanges forward: counts; pilots between nodes; copies of this node's tokens; copies of what other nodes sent;
-    and two for the way back. Four backward. Indices and routing weights travel with the rows, at most 16 bytes a route.
-    The counts say the sizes of all of them, so the host waits for the device once, and not at all in the backward pass.
+    and two for the way back. Four backward. Indices and routing weights travel with the rows, at most 16 bytes a route,
+    rounded up to whole rows for each rank. The counts say the sizes of all of them, so the host waits for the device
+    once, and not at all in the backward pass.
 
     Experts get their rows in the same order as from the plain dispatcher. Sums are rounded once on each level.
     """

@@ -15,9 +15,10 @@ from megatron_xmoe.router import why_not_fused
 from megatron_xmoe.sequence_shard import block_mode
 from megatron_xmoe.training.arguments import xmoe_config_from_args
 
-# names of options that change the Mixture-of-Experts block or how it is scheduled
+# names of options that change the Mixture-of-Experts block, how it is scheduled, or how its parameters are updated
 CONCERNS_EXPERTS = re.compile(
     r"moe|mtp|expert|recompute|cuda_graph|fp8|fp4|fsdp|offload|delay_wgrad|overlap_dispatch|ep_overlap|a2a"
+    r"|^optimizer$|(^|_)mup(_|$)"
 )
 
 
@@ -129,6 +130,16 @@ LIMITED: dict[str, Limit] = {
         "its file names the weights as the class of the experts does, so it would not load into Megatron's own layers",
         lambda args: args.ckpt_format != "torch",
         "use --ckpt-format torch_dist",
+    ),
+    "optimizer": Limit(
+        "the other optimizers take matrices one by one, and X-MoE has those of a rank's experts in one tensor",
+        lambda args: args.optimizer in ("adam", "sgd"),
+        "use --optimizer adam or sgd, or --moe-backend megatron",
+    ),
+    "use_mup": Limit(
+        "it tells vectors from matrices by their axes, and X-MoE has the biases of a rank's experts in one matrix",
+        lambda args: not args.use_mup or not args.add_bias_linear,
+        "add --disable-bias-linear, or use --moe-backend megatron",
     ),
     "moe_router_force_load_balancing": Limit(
         "ranks with the same tokens would draw different routes for them",
@@ -246,6 +257,7 @@ UNRELATED = frozenset(
     rl_inference_expert_model_parallel_size rl_inference_expert_tensor_model_parallel_size
     rl_offload_inference_model_weights_when_idle
     optimizer_cpu_offload optimizer_offload_fraction use_torch_optimizer_for_cpu_offload
+    mup_width_mult mup_base_hidden_size mup_embedding_mult mup_output_mult mup_base_head_dim mup_attn_scale_power
     """.split()
 )
 

@@ -54,6 +54,7 @@ def check_options(args: argparse.Namespace, defaults: dict[str, object], script:
         if not limit.served(args):
             _refuse(name, args, Refusal(limit.rule, limit.way_out), "--moe-backend xmoe")
     _check_capacity(args)
+    _check_bypassing(args, defaults)
     _check_shared_experts(args)
     if args.moe_input_jitter_eps and args.xmoe_combine_weights == "logits":
         refusal = Refusal("the logits are computed once more, without the jitter", "leave one of them out")
@@ -72,6 +73,14 @@ def _check_capacity(args: argparse.Namespace) -> None:
             if getattr(args, name) != default:
                 refusal = Refusal("nothing is dropped without a capacity", "add --moe-expert-capacity-factor C")
                 _refuse(name, args, refusal, "--moe-backend xmoe")
+
+
+def _check_bypassing(args: argparse.Namespace, defaults: dict[str, object]) -> None:
+    if args.xmoe_dispatcher == "alltoall":
+        for name in ("xmoe_pilot", "xmoe_rbd_overlap"):
+            if getattr(args, name) != defaults[name]:
+                refusal = Refusal("it is rbd's", "leave it out, or use --xmoe-dispatcher rbd or auto")
+                _refuse(name, args, refusal, "--xmoe-dispatcher alltoall")
 
 
 def _check_shared_experts(args: argparse.Namespace) -> None:

@@ -140,7 +140,8 @@ def test_xmoe_trains_as_the_paper_does(recipe, monkeypatch):
         "adam_beta2": 0.95, "lr": 1.2e-4, "min_lr": 1e-6, "lr_decay_style": "cosine", "weight_decay": 0.1,
         "clip_grad": 1.0, "init_method_std": 0.014, "moe_aux_loss_coeff": [0.01], "moe_layer_freq": 1,
         "moe_router_load_balancing_type": ["aux_loss"], "moe_router_pre_softmax": True,
-        "moe_expert_capacity_factor": 1.25, "xmoe_min_capacity": 4, "sequence_parallel": tp > 1,
+        "moe_expert_capacity_factor": 1.25, "xmoe_min_capacity": 4, "sequence_parallel": False,
+        "xmoe_sequence_shard": "auto",
     }  # fmt: skip
     assert {name: getattr(args, name) for name in expected} == expected
 

@@ -8,7 +8,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
 
 
 def measure(container, _) -> None:
-    """Build the model, run a micro-batch forward, print [bytes kept, bytes estimated]."""
+    """Build the model, run a micro-batch forward, print bytes kept, estimated, and of what is computed again."""
     import torch
     from dry_run import rank_of
     from megatron.core.enums import ModelType
@@ -38,7 +38,7 @@ def measure(container, _) -> None:
     positions = torch.arange(args.seq_length).expand_as(tokens)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         model(tokens, positions, None, labels=tokens)
-    print(json.dumps([sum(map(len, kept.values())), activation_bytes(args, rank_of(args, [model]))]))
+    print(json.dumps([sum(map(len, kept.values())), *activation_bytes(args, rank_of(args, [model]))]))
 
 
 if __name__ == "__main__":

@@ -27,12 +27,11 @@ def test_auto_takes_rbd_between_nodes():
         "node, so nothing crosses the network; nodes by host names)"
     ]
     assert relative_difference(over_nodes, on_one) < 1e-5
-    # about 16 tokens * 12 sequences / 4 ranks * 1.5 routes to the other node, of which the plain path spares none
     shown = re.findall(
-        r"inter-node: ([0-9.]+) MiB, ([0-9.]+) saved \(([0-9.]+)% of the rows\) \| intra-node: ([0-9.]+) MiB \|",
+        r"inter-node: [0-9.]+ MiB, [0-9.]+ saved \(([0-9.]+)% of the rows\) \| intra-node: [0-9.]+ MiB \|",
         over_nodes.output,
     )
-    assert len(shown) == 2 and all(30 < float(share) < 50 and float(inside) > 0 for _, _, share, inside in shown)
+    assert len(shown) == 2 and all(36 < float(share) < 43 for share in shown)
     assert "inter-node:" not in on_one.output
 
 

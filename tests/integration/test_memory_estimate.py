@@ -29,6 +29,7 @@ MODEL = f"""--num-layers {LAYERS} --hidden-size {HIDDEN} --num-attention-heads 4
         ("--swiglu --moe-router-topk 6 --group-query-attention --num-query-groups 2", 0),
         # a gate that is computed by itself: 4 shared experts of 64, two dense layers of 96
         ("--swiglu --moe-layer-freq [0,1,1,0,1,1] --moe-shared-expert-intermediate-size 64", 4 * 64 + 2 * 96),
+        ("--swiglu --mtp-num-layers 1", 2 * HIDDEN),
     ],
 )
 def test_estimate_of_what_a_forward_pass_keeps(options, unfused):
@@ -36,6 +37,24 @@ def test_estimate_of_what_a_forward_pass_keeps(options, unfused):
     # kept on a CPU only, where norms and gates of dense layers are not fused: normalised values, activated gates
     on_cpu = 4 * TOKENS * ((2 * LAYERS + 1) * HIDDEN + unfused)
     assert 0.87 * kept < estimated + on_cpu < 1.02 * kept
+
+
+@pytest.mark.parametrize(
+    ("options", "norms"),
+    [
+        # one group of three layers after the other, which keep their inputs only
+        ("--recompute-granularity full --recompute-method uniform --recompute-num-layers 3", 0),
+        pytest.param("--recompute-granularity full --recompute-method uniform --recompute-num-layers 1", 0,
+                     marks=pytest.mark.slow),
+        # the first two layers
+        ("--recompute-granularity full --recompute-method block --recompute-num-layers 2", 2 * (LAYERS - 2)),
+        pytest.param("--recompute-granularity selective --recompute-modules moe", 2 * LAYERS, marks=pytest.mark.slow),
+    ],
+)  # fmt: skip
+def test_estimate_with_recomputation(options, norms):
+    """Of `norms` and the last one, values are kept on a CPU that are not elsewhere."""
+    kept, estimated = kept_and_estimated(f"--swiglu {options}")
+    assert 0.87 * kept < estimated + 4 * TOKENS * (norms + 1) * HIDDEN < 1.02 * kept
 
 
 TP2 = "--tensor-model-parallel-size 2 --swiglu --moe-router-topk 6"
@@ -61,13 +80,15 @@ def test_estimate_with_tensor_parallelism(options, share):
 def kept_and_estimated(options: str, processes: int = 1) -> tuple[int, float]:
     """Bytes, of the last rank."""
     job = run_script(Path(__file__).with_name("memory_job.py"), *MODEL, *options.split(), processes=processes)
-    return json.loads(job.output.splitlines()[-1])
+    kept, estimated, again = json.loads(job.output.splitlines()[-1])
+    assert (again > 0) == ("recompute-granularity" in options)
+    return kept, estimated
 
 
 def test_states_are_shared_by_the_data_parallel_ranks():
     args = Namespace(bf16=True, fp16=False, accumulate_allreduce_grads_in_fp32=True, use_distributed_optimizer=True)
-    rank = Rank(1000, 600, dense_replicas=10, expert_replicas=2, dense_layers=1, expert_layers=1, last_stage=True,
-                micro_batches=1)  # fmt: skip
+    rank = Rank(1000, 600, dense_replicas=10, expert_replicas=2, dense_layers=1, expert_layers=1, heads=1,
+                in_flight=1)  # fmt: skip
     found = state_bytes(args, rank)
     assert found == {"weights": 3200, "gradients": 6400, "optimizer states": 12 * (100 + 300)}
     args.use_distributed_optimizer = False

@@ -83,6 +83,11 @@ def test_variables_change_the_command(tmp_path):
         assert f"--{option}\n{value}\n" in line, option
     assert {"--fp16", "--sequence-parallel"} <= set(words) and not {"--bf16", "--vocab-size"} & set(words)
     assert "--sequence-parallel" not in words_of("qwen3_30b_a3b")
+    assert "--sequence-parallel" not in words_of("qwen3_30b_a3b", TP="2", SEQUENCE_PARALLEL="0")
+    # X-MoE's own models share the tokens in the Mixture-of-Experts blocks only, which Megatron's layers cannot
+    assert "--sequence-parallel" not in words_of("xmoe_large")
+    assert "--sequence-parallel" in words_of("xmoe_large", BACKEND="megatron")
+    assert "--sequence-parallel" in words_of("xmoe_large", SEQUENCE_PARALLEL="1")
 
 
 def commands_of(page: str) -> list[str]:
@@ -181,6 +186,17 @@ def test_the_last_stage_has_the_output_layer():
     assert last["embedding"][0] == 0 < first["embedding"][0]
     assert last["experts"][0] == first["experts"][0]  # one layer, of which the first stage's is the fourth
     assert last["dense FFN"][0] == 0 < first["dense FFN"][0] == first["dense FFN"][1]
+
+
+def test_an_interleaved_pipeline_keeps_more_micro_batches():
+    """Rank 12 of 16, the last of four stages: one micro-batch, or of four chunks 3 * 4 passes and one more."""
+    layout = dict(GPUS="16", PP="4", EP="4", GBS="64", RANK="12")
+    plain, interleaved = (
+        float(re.search(r"activations ([0-9.]+)", "\n".join(dry_run("olmoe_1b_7b", *options, **layout).lines))[1])
+        for options in ((), ("--num-layers-per-virtual-pipeline-stage", "1"))
+    )
+    head = 4096 * (4 * 50304 + 2 * 2 * 2048) / 2**30  # the loss and the last norm, once
+    assert (interleaved - head) / (plain - head) == pytest.approx(13 / 4, rel=0.01)
 
 
 def test_a_recipe_trains():

@@ -177,6 +177,16 @@ def test_flags_that_megatron_reads():
     ]
 
 
+@pytest.mark.parametrize("activation", ["SwiGLU", "GELU"])
+def test_sharding_is_told_as_megatron_tells_it(activation):
+    """Of what is gated a rank's rows are of both halves; and an axis of experts comes first."""
+    stock, ours = experts(activation)
+    expected = dict(stock.local_experts[0].named_parameters())
+    for name, parameter in ours.named_parameters():
+        assert parameter.partition_stride == expected[name].partition_stride
+        assert parameter.partition_dim == 1 + expected[name].partition_dim
+
+
 @pytest.mark.parametrize("asked, of_megatron, expected", [
     ("auto", True, True), ("auto", False, False), ("on", False, True), ("off", True, False),
 ])  # fmt: skip

@@ -78,7 +78,7 @@ def test_traffic_of_two_nodes():
 
 def test_redundancy_of_traffic():
     pilots = Traffic(20, 16, 4, 9, row_bytes=10, inter_metadata=0, intra_metadata=0, padded_rows=20)
-    assert pilots.redundancy == 0.75 and pilots.saved_rows == 12
+    assert pilots.redundancy == 0.75 and pilots.saved_bytes == 2 * 12 * 10
     inside = Traffic(20, 0, 0, 9, row_bytes=10, inter_metadata=0, intra_metadata=0, padded_rows=20)
     assert math.isnan(inside.redundancy)
 
@@ -87,7 +87,8 @@ def test_figures_of_layers():
     """Layer 1: one expert idle, one with half of the routes; layer 2 has no experts at all."""
     loads = np.array([[4.0, 2, 2, 0], [0, 0, 0, 0]])
     sums = sums_of(passes=[4, 0], timed_passes=[2, 0], routes=[6, 0], routes_remote=[4, 0], inter_rows=[1, 0],
-                   inter_bytes=[2**23, 0], intra_rows=[5, 0], intra_bytes=[2**22, 0], saved_bytes=[2**24, 0], padding_rows=[2, 0], padding_bytes=[2**21, 0],
+                   inter_bytes=[2**23, 0], intra_rows=[5, 0], intra_bytes=[2**22, 0], saved_bytes=[2**24, 0],
+                   padding_rows=[2, 0], padding_bytes=[2**21, 0],
                    dispatch=[3, 0], combine=[1, 0])  # fmt: skip
     expected = {
         "load-max": 2.0,
@@ -133,7 +134,8 @@ def test_one_expert_is_balanced():
 
 def test_console_text():
     shown = {"load-max": 1.5, "worst-layer": 3.0, "load-max-of-worst-layer": 2.25, "idle-experts": 0.125,
-             "drop-rate": 0.0, "redundancy": 0.5, "inter-node-MiB": 3.0, "saved-MiB": 2.9, "intra-node-MiB": 4.5, "alltoall-ms": 1.25,
+             "drop-rate": 0.0, "redundancy": 0.5, "inter-node-MiB": 3.0, "saved-MiB": 2.9, "intra-node-MiB": 4.5,
+             "alltoall-ms": 1.25,
              "alltoall-slowest-rank": 7.0, "alltoall-slowest-ms": 9.5}  # fmt: skip
     assert figures.console_text(shown) == (
         " expert load max/mean: 1.50 (layer 3: 2.25) | idle experts: 12.5% | dropped: 0.0% |"

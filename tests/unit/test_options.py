@@ -145,6 +145,8 @@ LIMITS = {
         {"moe_apply_probs_on_input": True, "moe_router_topk": 2},
         {"moe_apply_probs_on_input": True, "moe_router_topk": 1},
     ),
+    "optimizer": ({"optimizer": "muon"}, {"optimizer": "sgd"}),
+    "use_mup": ({"use_mup": True}, {"use_mup": True, "add_bias_linear": False}),
     "recompute_modules": (
         {"recompute_modules": ["moe", "moe_act"]},
         {"recompute_modules": ["moe", "core_attn", "mlp", "shared_experts"]},
@@ -224,6 +226,14 @@ def test_a_refused_option_of_a_command_line(monkeypatch, flag, shown):
         check_options(args, defaults)
 
 
+@pytest.mark.parametrize("change", [{"xmoe_pilot": "first"}, {"xmoe_rbd_overlap": "off"}])
+def test_details_of_rbd_without_it(change):
+    with pytest.raises(UsageError, match=r"--xmoe-dispatcher alltoall does not take --xmoe-(pilot|rbd-overlap) "):
+        check(arguments(xmoe_dispatcher="alltoall", **change), *change)
+    for dispatcher in ("auto", "rbd"):
+        check(arguments(xmoe_dispatcher=dispatcher, **change), *change)
+
+
 @pytest.mark.parametrize("option", ["xmoe_min_capacity", "moe_token_drop_policy"])
 def test_dropping_needs_a_capacity(option):
     changes = {"xmoe_min_capacity": 4} if option == "xmoe_min_capacity" else {"moe_token_drop_policy": "position"}
@@ -236,6 +246,7 @@ def test_dropping_needs_a_capacity(option):
     "changes",
     [
         {"xmoe_min_capacity": 4},
+        {"xmoe_router_fusion": "off"},
         {"xmoe_combine_weights": "logits"},
         {"xmoe_group_score": "max"},
         {"xmoe_metrics": "layers"},

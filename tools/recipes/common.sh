@@ -11,6 +11,9 @@
 #   GPUS, RANK                   the job that --dry-run is for, and its rank (0); training uses the GPUs that are there
 #   TP, PP, EP                   tensor-, pipeline- and expert-parallel sizes
 #   MBS, GBS, SEQ_LENGTH         micro-batch and global batch in sequences; tokens of a sequence
+#   SEQUENCE_PARALLEL            with TP above 1: 1, Megatron's --sequence-parallel (default); 0, tensor-parallel ranks share
+#                                the tokens in the Mixture-of-Experts blocks only, as in the X-MoE paper (default of its
+#                                models; X-MoE's layers only)
 #   RECOMPUTE                    full: each layer is computed again in the backward pass; none (default, except where the
 #                                recipe says otherwise)
 #   TRAIN_ITERS, PRECISION       iterations (1000); bf16, fp16 or fp32
@@ -38,8 +41,8 @@ layout_options() {
         --global-batch-size "$GBS"
         --use-distributed-optimizer
     )
-    # with tensor parallelism each rank then has its share of the tokens in the Mixture-of-Experts block
-    if ((TP > 1)); then PARALLEL+=(--sequence-parallel); fi
+    # with tensor parallelism each rank has its share of the tokens in the Mixture-of-Experts block, with or without this
+    if ((TP > 1)) && [[ ${SEQUENCE_PARALLEL:-1} == 1 ]]; then PARALLEL+=(--sequence-parallel); fi
     case ${RECOMPUTE:-none} in
         full) PARALLEL+=(--recompute-granularity full --recompute-method uniform --recompute-num-layers 1) ;;
         none) ;;

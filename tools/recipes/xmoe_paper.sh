@@ -4,7 +4,10 @@
 # Environment variables:
 #   SWIGLU            1: experts of three matrices with SwiGLU instead of two with GELU; the same FFN size, so half as
 #                     many parameters again (0)
+#   SEQUENCE_PARALLEL 0: sequence-sharded blocks where TP is above 1, as in the paper (0; 1 with BACKEND=megatron)
 #   CAPACITY_FACTOR   of dropping, as the paper trains; none: every route is kept (1.25)
+
+if [[ ${BACKEND:-xmoe} == xmoe ]]; then : "${SEQUENCE_PARALLEL:=0}"; fi
 
 XMOE_MODEL=(
     --normalization LayerNorm
