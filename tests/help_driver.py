@@ -12,11 +12,12 @@ HEAVY = ("torch", "megatron", "transformers", "matplotlib")
 def described(parser: argparse.ArgumentParser) -> dict:
     """The text of a parser, its options, and the parsers of its commands."""
     formatter, options, commands = parser._get_formatter(), [], {}
+    groups = {id(action): group.title for group in parser._action_groups for action in group._group_actions}
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
             commands = {name: described(child) for name, child in action.choices.items()}
         elif not isinstance(action, argparse._HelpAction):
-            options.append(described_option(action, formatter))
+            options.append(described_option(action, formatter) | {"group": groups[id(action)]})
     return {"text": parser.format_help(), "options": options, "commands": commands}
 
 

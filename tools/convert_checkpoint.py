@@ -147,34 +147,36 @@ def parser() -> argparse.ArgumentParser:
     def command(name: str, function, **folders: str) -> argparse.ArgumentParser:
         added = commands.add_parser(name, help=function.__doc__, description=function.__doc__)
         added.set_defaults(function=function)
+        group = added.add_argument_group("checkpoints")
         for folder, text in folders.items():
-            added.add_argument(f"--{folder}", required=True, type=Path, metavar="DIR", help=text)
+            group.add_argument(f"--{folder}", required=True, type=Path, metavar="DIR", help=text)
         return added
 
     new = "output; must not exist, or be empty"
     convert = command("hf-to-megatron", hf_to_megatron, hf="checkpoint with safetensors shards", megatron=new)
     _conversion_options(convert, to_megatron=True)
     convert = command("megatron-to-hf", megatron_to_hf, megatron="torch_dist checkpoint of any layout", hf=new)
-    _conversion_options(convert, to_megatron=False)
+    add = _conversion_options(convert, to_megatron=False).add_argument
     text = "config.json or its folder (default: hf/ of a conversion)"
-    convert.add_argument("--hf-config", type=Path, metavar="DIR|FILE", help=text)
-    convert.add_argument("--shard-size", type=positive_number(float), default=5, metavar="GB",
-                         help="size of the shards (default: 5)")  # fmt: skip
+    add("--hf-config", type=Path, metavar="DIR|FILE", help=text)
+    add("--shard-size", type=positive_number(float), default=5, metavar="GB", help="size of the shards (default: 5)")
     convert = command("xmoe-to-megatron", xmoe_to_megatron, xmoe="folder with mp_rank and expert files", megatron=new)
     _conversion_options(convert, to_megatron=True)
+    add = convert.add_argument_group("how the source is read").add_argument
     trust = "load pickles that need more than tensors: they may run code of whoever made the file"
-    convert.add_argument("--trust-pickle", action="store_true", help=trust)
+    add("--trust-pickle", action="store_true", help=trust)
     known = "(default: what the checkpoint was trained with)"
-    convert.add_argument("--num-attention-heads", type=positive_number(int), metavar="N", help=f"heads {known}")
-    convert.add_argument("--topk", type=positive_number(int), metavar="K", help=f"experts per token {known}")
+    add("--num-attention-heads", type=positive_number(int), metavar="N", help=f"heads {known}")
+    add("--topk", type=positive_number(int), metavar="K", help=f"experts per token {known}")
     convert = command("upcycle", upcycle, dense="dense checkpoint", megatron=new)
     _conversion_options(convert, to_megatron=True)
+    add = convert.add_argument_group("experts").add_argument
     number = {"type": positive_number(int), "metavar": "N"}
-    convert.add_argument("--num-experts", required=True, **number, help="experts, a multiple of --granularity")
-    convert.add_argument("--topk", required=True, **number, help="experts per token")
-    convert.add_argument("--granularity", default=1, **number, help="experts cut from one copy of a layer (default: 1)")
-    convert.add_argument("--pre-softmax", action="store_true", help="route by the softmax over all experts")
-    convert.add_argument("--seed", type=int, default=1234, help="of the new routers (default: 1234)")
+    add("--num-experts", required=True, **number, help="experts, a multiple of --granularity")
+    add("--topk", required=True, **number, help="experts per token")
+    add("--granularity", default=1, **number, help="experts cut from one copy of a layer (default: 1)")
+    add("--pre-softmax", action="store_true", help="route by the softmax over all experts")
+    add("--seed", type=int, default=1234, help="of the new routers (default: 1234)")
     look = command("inspect", inspect)
     look.add_argument("checkpoint", type=Path, metavar="DIR", help="in any of the formats")
     look.add_argument("--tensors", action="store_true", help="list every tensor")
@@ -182,20 +184,25 @@ def parser() -> argparse.ArgumentParser:
     compare.add_argument("first", type=Path, metavar="DIR", help="a checkpoint, in any of the formats")
     compare.add_argument("second", type=Path, metavar="DIR", help="another one, in the same format or not")
     run = command("logits", logits, megatron="torch_dist checkpoint")
-    run.add_argument("--tokens", required=True, type=Path, metavar="FILE.pt", help="integer tensor [batch, sequence]")
-    run.add_argument("--out", required=True, type=Path, metavar="FILE.pt", help="float32 tensor [batch, sequence, V]")
+    add = run.add_argument_group("tokens and logits").add_argument
+    add("--tokens", required=True, type=Path, metavar="FILE.pt", help="integer tensor [batch, sequence]")
+    add("--out", required=True, type=Path, metavar="FILE.pt", help="float32 tensor [batch, sequence, V]")
     run.add_argument("arguments", nargs="*", metavar="ARGUMENT",
                      help="of Megatron, after -- (default: none beside the checkpoint's)")  # fmt: skip
     return main
 
 
-def _conversion_options(command: argparse.ArgumentParser, to_megatron: bool) -> None:
-    command.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="of the output (default: the source's)")
+def _conversion_options(command: argparse.ArgumentParser, to_megatron: bool) -> argparse._ArgumentGroup:
+    """Adds what the conversions share; returns the group about the output, which may get more."""
+    output = command.add_argument_group("output")
+    output.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="of the output (default: the source's)")
     if to_megatron:
         text = "names of norms that this implementation uses (default: local, which runs with and without it)"
-        command.add_argument("--transformer-impl", choices=("local", "transformer_engine"), default="local", help=text)
-    command.add_argument("--verify", action="store_true", help="read the output again and compare every bit")
-    command.add_argument("--dry-run", action="store_true", help="check and count, write nothing")
+        output.add_argument("--transformer-impl", choices=("local", "transformer_engine"), default="local", help=text)
+    checks = command.add_argument_group("checks")
+    checks.add_argument("--verify", action="store_true", help="read the output again and compare every bit")
+    checks.add_argument("--dry-run", action="store_true", help="check and count, write nothing")
+    return output
 
 
 def main(argv: list[str] | None = None) -> int | None:

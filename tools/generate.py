@@ -56,19 +56,23 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     parser = OneLineErrorParser(prog="generate.py", description=__doc__.split("\n\n")[0], epilog="Other options are "
                                 "Megatron's, for example --moe-backend or the parallel sizes. Example: python "
                                 "tools/generate.py --load DIR --prompt 'Once upon a time'")  # fmt: skip
-    parser.add_argument("--load", required=True, metavar="DIR", help="directory of the checkpoint")
-    parser.add_argument("--ckpt-step", type=int, metavar="N", help="iteration (default: the latest)")
-    parser.add_argument("--prompt", action="append", required=True, help="text to complete; can be given several times")
-    parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="longest completion (default: 64)")
-    parser.add_argument("--temperature", type=float, default=1.0, metavar="T",
-                        help="of sampling; 0 is greedy (default: 1)")  # fmt: skip
-    parser.add_argument("--top-k", type=int, default=0, metavar="K",
-                        help="sample among the K best; 0: all (default: 0)")  # fmt: skip
-    parser.add_argument("--top-p", type=float, default=1.0, metavar="P",
-                        help="sample among the fewest best with probability P together (default: 1)")  # fmt: skip
-    parser.add_argument("--seed", type=int, default=0, help="of the random numbers (default: 0)")
-    parser.add_argument("--tokens", action="store_true", help="print lists of token numbers instead of text")
-    parser.add_argument("--verbose", action="store_true", help="show Megatron's messages, on standard error")
+    model = parser.add_argument_group("model")
+    model.add_argument("--load", required=True, metavar="DIR", help="directory of the checkpoint")
+    model.add_argument("--ckpt-step", type=int, metavar="N", help="iteration (default: the latest)")
+    text = parser.add_argument_group("text")
+    text.add_argument("--prompt", action="append", required=True, help="text to complete; can be given several times")
+    text.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="longest completion (default: 64)")
+    sampling = parser.add_argument_group("sampling")
+    sampling.add_argument("--temperature", type=float, default=1.0, metavar="T",
+                          help="of sampling; 0 is greedy (default: 1)")  # fmt: skip
+    sampling.add_argument("--top-k", type=int, default=0, metavar="K",
+                          help="sample among the K best; 0: all (default: 0)")  # fmt: skip
+    sampling.add_argument("--top-p", type=float, default=1.0, metavar="P",
+                          help="sample among the fewest best with probability P together (default: 1)")  # fmt: skip
+    sampling.add_argument("--seed", type=int, default=0, help="of the random numbers (default: 0)")
+    output = parser.add_argument_group("output")
+    output.add_argument("--tokens", action="store_true", help="print lists of token numbers instead of text")
+    output.add_argument("--verbose", action="store_true", help="show Megatron's messages, on standard error")
     options, rest = parser.parse_known_args(argv)
     if options.max_new_tokens < 1 or options.temperature < 0 or options.top_k < 0 or not 0 < options.top_p <= 1:
         parser.error("--max-new-tokens must be above 0, --temperature and --top-k at least 0, --top-p in (0, 1]")

@@ -291,17 +291,20 @@ def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, list[st
     cores = min(8, len(os.sched_getaffinity(0)))
     eod_help = "end every document with the tokenizer's end-of-document token (default: yes)"
     txt_help = "what a document is in plain text; paragraphs end at blank lines (default: file)"
-    add = parser.add_argument
+    add = parser.add_argument_group("input and output").add_argument
     add("--input", required=True, nargs="+", metavar="FILE", help="JSONL, or plain text named *.txt")
     add("--output-prefix", required=True, metavar="PREFIX", help="path of the output without a suffix")
+    add = parser.add_argument_group("tokenizer").add_argument
     add("--tokenizer-type", required=True, metavar="TYPE", help="kind of tokenizer, see below")
     add("--tokenizer-model", metavar="PATH",
         help="model file, or HuggingFace folder (default: none, for types that need none)")  # fmt: skip
+    add = parser.add_argument_group("documents").add_argument
     add("--json-key", default="text", metavar="KEY", help="key of the text in a JSON line (default: text)")
     add("--txt-document", default="file", choices=("file", "line", "paragraph"), help=txt_help)
     add("--append-eod", default=True, action=argparse.BooleanOptionalAction, help=eod_help)
-    add("--workers", type=positive_number(int), default=cores, metavar="N", help=f"processes (default here: {cores})")
     add("--skip-bad-lines", action="store_true", help="leave out and count documents that cannot be read")
+    add = parser.add_argument_group("run").add_argument
+    add("--workers", type=positive_number(int), default=cores, metavar="N", help=f"processes (default here: {cores})")
     add("--overwrite", action="store_true", help="replace existing output")
     return parser.parse_known_args(argv)
 

@@ -150,16 +150,17 @@ then train with
     parser = OneLineErrorParser(prog=PROG, description=__doc__, epilog=example, formatter_class=formatter)
     whole, fraction = positive_number(int), positive_number(float)
     coverage_help = "share of characters that get a piece, 0.98 to 1; others become bytes (default: 0.9995)"
-    add = parser.add_argument
+    add = parser.add_argument_group("input and output").add_argument
     add("--input", required=True, nargs="+", metavar="FILE", help="JSONL, or plain text named *.txt")
-    add("--output", required=True, metavar="PREFIX", help="writes or replaces PREFIX.model and PREFIX.vocab")
-    add("--vocab-size", required=True, type=whole, metavar="N", help="number of pieces, above 262")
     add("--json-key", default="text", metavar="KEY", help="key of the text in a JSON line (default: text)")
+    add("--skip-bad-lines", action="store_true", help="leave out and count lines that cannot be read")
+    add("--output", required=True, metavar="PREFIX", help="writes or replaces PREFIX.model and PREFIX.vocab")
+    add = parser.add_argument_group("training").add_argument
+    add("--vocab-size", required=True, type=whole, metavar="N", help="number of pieces, above 262")
     add("--model-type", default="bpe", choices=("bpe", "unigram"), help="algorithm (default: bpe)")
     add("--character-coverage", type=fraction, default=0.9995, metavar="SHARE", help=coverage_help)
     add("--threads", type=whole, default=os.cpu_count(), metavar="N",
         help=f"threads (default: all cores, here {os.cpu_count()})")  # fmt: skip
-    add("--skip-bad-lines", action="store_true", help="leave out and count lines that cannot be read")
     return parser.parse_args(argv)
 
 

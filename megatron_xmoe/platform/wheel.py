@@ -87,7 +87,8 @@ def _fused_on_a_gpu(original):
     """Builds the optimizer as Megatron does, and lets torch's Adam update all parameters in one kernel on a GPU.
 
     Megatron gives torch's Adam no choice of implementation, and the default makes several passes over parameters and
-    states. What is saved does not change; a checkpoint of an unfused run goes on fused.
+    states. What is saved is what an unfused Adam saves, so that a checkpoint goes on fused or not, as the machine has
+    it, whatever it was saved with.
     """
 
     @functools.wraps(original)
@@ -97,6 +98,7 @@ def _fused_on_a_gpu(original):
         if torch.cuda.is_available() and isinstance(inner, torch.optim.Adam | torch.optim.AdamW):
             _fuse(inner)
             inner.register_load_state_dict_post_hook(_fuse)
+            inner.register_state_dict_post_hook(_describe_as_unfused)
         return built
 
     return build
@@ -109,6 +111,19 @@ def _fuse(adam: torch.optim.Adam) -> None:
             step = adam.state[parameter].get("step") if parameter in adam.state else None
             if torch.is_tensor(step):
                 adam.state[parameter]["step"] = step.to(parameter.device)
+
+
+def _describe_as_unfused(adam: torch.optim.Adam, described: dict) -> None:
+    """Takes the marks of the fused Adam out of what its state_dict() returns; the optimizer itself stays as it is.
+
+    torch obeys the flags of a loaded state, also where no GPU is. Megatron's plain optimizer saves the step count
+    as the tensor that it is: on a GPU it needs one to be read, and each rank's differs from rank 0's by its device.
+    """
+    for group in described["param_groups"]:
+        group.update({name: adam.defaults[name] for name in ("fused", "foreach")})
+    for number, state in described["state"].items():
+        if torch.is_tensor(step := state.get("step")):
+            described["state"][number] = {**state, "step": step.cpu()}
 
 
 def _keeping_random_state(original):

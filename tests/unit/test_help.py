@@ -1,4 +1,5 @@
-"""--help of every program: each option is explained, in words of its own, with its default; there is an example."""
+"""--help of every program: each option is explained, in words of its own, with its default, and many of them are in
+groups; there is an example."""
 
 import argparse
 import json
@@ -18,6 +19,8 @@ SHELL = sorted(path for path in (ROOT / "tools").glob("*.sh") if path.read_text(
 ABOUT_DEVICES = """compile_triton.py benchmark_dispatch.py benchmark_experts.py benchmark_memory.py
     benchmark_metrics.py benchmark_ops.py""".split()  # the defaults are what torch finds
 YES_OR_NO = ("True", "False")
+UNGROUPED = 6  # so many options can be taken in at a glance; more of them need groups
+NO_GROUP = (None, "", "options")  # the last is what argparse calls the rest
 
 
 def faults(parser: dict, name: str) -> list[str]:
@@ -39,6 +42,21 @@ def faults(parser: dict, name: str) -> list[str]:
     return found
 
 
+def group_faults(parser: dict, name: str) -> list[str]:
+    """Which parsers and commands have many options that are not in groups with titles."""
+    found, options = [], parser["options"]
+    if len(options) > UNGROUPED:
+        loose = [option["name"] for option in options if option["group"] in NO_GROUP]
+        titles = {option["group"] for option in options} - {*NO_GROUP, "positional arguments"}
+        if loose:
+            found.append(f"{name} has {', '.join(loose)} in no group")
+        if len(titles) < 2:
+            found.append(f"{name} has {len(options)} options in {len(titles)} groups")
+    for command, child in parser["commands"].items():
+        found += group_faults(child, f"{name} {command}")
+    return found
+
+
 def _says(text: str, default: str) -> bool:
     """Whether a text has a value; numbers in any spelling, yes and no in words."""
     try:
@@ -55,6 +73,7 @@ def test_every_option_is_explained(path):
     parser = json.loads(done.stdout.splitlines()[-1])
     assert parser["options"] or parser["commands"]
     assert not faults(parser, path.name)
+    assert not group_faults(parser, path.name)
     examples = rf"(python|torchrun .*) (tools|patches)/{path.name}\b"
     assert re.search(examples, " ".join(parser["text"].split("usage:", 1)[1].split())), "no example"
     # quickly: what takes seconds to import is imported when it is needed
@@ -95,3 +114,23 @@ def test_faults_are_found(option, fault):
     parser.add_argument("--second", **option)
     found = faults(described(parser), "program")
     assert found == ([f"program --second {fault}"] if fault else [])
+
+
+@pytest.mark.parametrize(
+    ("titles", "fault"),
+    [
+        ([None] * 6, []),
+        ([None] * 7, ["has --0, --1, --2, --3, --4, --5, --6 in no group", "has 7 options in 0 groups"]),
+        (["a"] * 7, ["has 7 options in 1 groups"]),
+        (["a"] * 6 + [""], ["has --6 in no group", "has 7 options in 1 groups"]),
+        (["a"] * 5 + ["b", None], ["has --6 in no group"]),
+        (["a"] * 5 + ["b", "b"], []),
+    ],
+)
+def test_missing_groups_are_found(titles, fault):
+    parser = argparse.ArgumentParser()
+    command = parser.add_subparsers().add_parser("command")
+    groups = {title: command.add_argument_group(title) for title in titles if title is not None}
+    for number, title in enumerate(titles):
+        groups.get(title, command).add_argument(f"--{number}")
+    assert group_faults(described(parser), "program") == [f"program command {words}" for words in fault]
