@@ -22,7 +22,7 @@ from pathlib import Path
 TOOLS = Path(__file__).resolve().parent
 sys.path[:0] = [str(TOOLS), str(TOOLS.parent)]  # works without an installation, too
 
-from command_line import OneLineErrorParser  # noqa: E402
+from command_line import OneLineErrorParser, positive_number  # noqa: E402
 from memory_estimate import GIB, Rank, activation_bytes, state_bytes  # noqa: E402
 
 # part of the model -> what the names of its parameters contain; the first that fits counts
@@ -63,9 +63,9 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
         epilog="All other options are those of pretrain_xmoe.py. Example: python "
         "tools/dry_run.py --gpus 64 --rank 8 $(cat megatron_args.txt) --expert-model-parallel-size 8",
     )
-    parser.add_argument("--gpus", type=int, metavar="N", default=int(os.environ.get("WORLD_SIZE", "1")),
+    parser.add_argument("--gpus", type=positive_number(int), metavar="N", default=os.environ.get("WORLD_SIZE", "1"),
                         help="number of GPUs of the job (default: WORLD_SIZE, or 1)")  # fmt: skip
-    parser.add_argument("--rank", type=int, metavar="R", default=int(os.environ.get("RANK", "0")),
+    parser.add_argument("--rank", type=int, metavar="R", default=os.environ.get("RANK", "0"),
                         help="the one to build (default: RANK, or 0)")  # fmt: skip
     parser.add_argument("--memory-limit", type=float, metavar="GIB",
                         help="build the rank with real tensors if weights, gradients and optimizer need no more; 0: "
