@@ -233,12 +233,9 @@ def rank_of(args, chunks: list) -> Rank:
 
     parameters = [parameter for chunk in chunks for parameter in chunk.parameters()]
     expert = sum(p.numel() for p in parameters if not getattr(p, "allreduce", True))
-    layers = [layer for chunk in chunks for layer in chunk.decoder.layers]
     predicting = [layer for chunk in chunks if getattr(chunk, "mtp", None) for layer in chunk.mtp.layers]
     if args.mtp_use_repeated_layer:
-        predicting *= args.mtp_num_layers
-    layers += [layer.mtp_model_layer for layer in predicting]
-    with_experts = sum(getattr(layer, "is_moe_layer", False) for layer in layers)
+        predicting *= args.mtp_num_layers or 0
     group = args.microbatch_group_size_per_vp_stage or args.pipeline_model_parallel_size
     passes, _, warm_up, _ = get_pp_rank_microbatches(get_num_microbatches(), len(chunks), group)
     return Rank(
@@ -246,11 +243,17 @@ def rank_of(args, chunks: list) -> Rank:
         expert=expert,
         dense_replicas=parallel_state.get_data_parallel_world_size(with_context_parallel=True),
         expert_replicas=parallel_state.get_expert_data_parallel_world_size(),
-        dense_layers=len(layers) - with_experts,
-        expert_layers=with_experts,
-        heads=int(chunks[-1].post_process) + len(predicting),
+        chunks=tuple(by_kind(chunk.decoder.layers) for chunk in chunks),
+        predicting=by_kind([layer.mtp_model_layer for layer in predicting]),
+        heads=chunks[-1].post_process * (1 + (args.mtp_num_layers or 0)),
         in_flight=min(passes, warm_up + 1) / len(chunks),
     )
+
+
+def by_kind(layers) -> tuple[int, int]:
+    """How many of a chunk's layers are without experts, and with."""
+    with_experts = sum(getattr(layer, "is_moe_layer", False) for layer in layers)
+    return len(layers) - with_experts, with_experts
 
 
 def layout_of(args) -> str:

@@ -1,6 +1,7 @@
 """Estimates the memory of one rank of a training job from its parameters and what its layers keep for backward."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 GIB = 2**30
 ADAM_BYTES = 12  # fp32 weights and two fp32 moments, beside weights in half precision
@@ -14,9 +15,9 @@ class Rank:
     Args:
         dense, expert: numbers of parameters; each kind has its own data-parallel group.
         dense_replicas, expert_replicas: sizes of these groups.
-        dense_layers, expert_layers: number of layers of this rank, without and with experts, those of multi-token
-            prediction included.
-        heads: how often it computes logits, once and again for each layer of multi-token prediction.
+        chunks: layers of each of its model chunks, [without experts, with].
+        predicting: the same of multi-token prediction.
+        heads: how often it computes logits: for the next token and for each that is predicted beyond.
         in_flight: how many times the activations of these layers are kept at the same time.
     """
 
@@ -24,8 +25,8 @@ class Rank:
     expert: int
     dense_replicas: int
     expert_replicas: int
-    dense_layers: int
-    expert_layers: int
+    chunks: tuple[tuple[int, int], ...]
+    predicting: tuple[int, int]
     heads: int
     in_flight: float
 
@@ -72,22 +73,48 @@ def activation_bytes(args, rank: Rank) -> tuple[float, float]:
         own, width = _routed(args, tokens, gated)
         # what goes into the norm, and the part of what comes out that this rank routes
         experts = (tokens + own) * args.hidden_size + own * args.moe_router_topk * width + whole * shared
-    number = rank.dense_layers + rank.expert_layers
-    layers, working = rank.dense_layers * (attention + dense) + rank.expert_layers * (attention + experts), 0.0
-    if args.recompute_granularity == "full" and number:  # groups of layers keep their inputs, and are computed again
-        mean, block = layers / number, args.recompute_method == "block"
-        again = min(args.recompute_num_layers, number) if block else number
-        groups = again if block else -(-number // args.recompute_num_layers)
-        layers = groups * tokens * args.hidden_size + (number - again) * mean
-        working = mean if block else min(args.recompute_num_layers, number) * mean
-    elif args.recompute_granularity == "selective" and "moe" in args.recompute_modules and rank.expert_layers:
-        layers -= rank.expert_layers * (experts - norm)
-        working = experts - norm
+    layer = _Elements(tokens * args.hidden_size, attention + dense, attention + experts, experts - norm)
+    of_layers = [_of_layers(args, layer, numbers, args.recompute_num_layers) for numbers in rank.chunks]
+    # layers of multi-token prediction are computed again each by itself, or not at all
+    of_layers.append(_of_layers(args, layer, rank.predicting, 0 if args.recompute_method == "block" else 1))
+    # each token predicted beyond the next: a token and a state, and their norms, which a projection takes together
+    kept = sum(kept for kept, _ in of_layers) + sum(rank.predicting) * 3 * norm
     # the last norm, and the logits' softmax in fp32
     head = rank.heads * (size * norm + 4 * whole * args.padded_vocab_size / tensor)
-    # each token predicted beyond the next: a token and a state, and their norms, which a projection takes together
-    predictions = max(rank.heads - 1, 0) * 3 * norm
-    return (rank.in_flight * layers + predictions) * size + head, working * size
+    return rank.in_flight * kept * size + head, max(again for _, again in of_layers) * size
+
+
+class _Elements(NamedTuple):
+    """What layers keep if nothing is computed again."""
+
+    input: float
+    """Of any layer."""
+
+    dense: float
+    """A layer without experts."""
+
+    expert: float
+    """A layer with experts."""
+
+    block: float
+    """Its Mixture-of-Experts block, without the norm before it."""
+
+
+def _of_layers(args, layer: _Elements, numbers: tuple[int, int], together: int | None) -> tuple[float, float]:
+    """Elements that a chunk's layers keep, and those of what is computed again at a time.
+
+    Args: numbers of layers, without experts and with; --recompute-num-layers.
+    """
+    number, all_kept = sum(numbers), numbers[0] * layer.dense + numbers[1] * layer.expert
+    if args.recompute_granularity == "full" and number:  # groups of layers keep their inputs
+        largest = max(layer.dense * bool(numbers[0]), layer.expert * bool(numbers[1]))
+        if args.recompute_method == "block":  # the first layers, each by itself
+            again = min(together, number)
+            return again * layer.input + (number - again) * all_kept / number, largest * bool(again)
+        return -(-number // together) * layer.input, min(together, number) * largest
+    if args.recompute_granularity == "selective" and "moe" in args.recompute_modules:
+        return all_kept - numbers[1] * layer.block, layer.block * bool(numbers[1])
+    return all_kept, 0.0
 
 
 def _routed(args, tokens: int, gated: int) -> tuple[int, float]:

@@ -58,7 +58,7 @@ def render() -> str:
 
     served = [(name, "; ".join(cases)) for name, cases in table.SERVED.items()]
     limited = [
-        (name, limit.rule, limit.way_out, "; ".join(limit.shown_by) or "none: the served value is the usual one")
+        (name, limit.rule, limit.way_out, "; ".join(limit.shown_by) or "none: the usual values")
         for name, limit in table.LIMITED.items()
     ]
     parts = [

@@ -33,7 +33,8 @@ def _allocate_state_before_it_is_described(original):
 
     A resume describes the state that it is about to load, and stock Megatron asserts that torch's optimizer has
     exactly one step count by then. Before the first step it has no state at all: give every parameter the state
-    that its first step would have made, with 0 steps done. The values are overwritten by what is loaded.
+    that its first step would have made, with 0 steps done. The values are overwritten by what is loaded; where a run
+    saves before its first step, that goes on with them.
     """
 
     @functools.wraps(original)
@@ -42,8 +43,9 @@ def _allocate_state_before_it_is_described(original):
         if isinstance(inner, torch.optim.Adam | torch.optim.AdamW) and not inner.state:
             for group in inner.param_groups:
                 for parameter in group["params"]:
+                    where = parameter.device if group["fused"] else "cpu"
                     inner.state[parameter] = {
-                        "step": torch.tensor(0.0),
+                        "step": torch.zeros((), dtype=torch.float32, device=where),
                         "exp_avg": torch.zeros_like(parameter),
                         "exp_avg_sq": torch.zeros_like(parameter),
                     }

@@ -132,14 +132,9 @@ LIMITED: dict[str, Limit] = {
         "use --ckpt-format torch_dist",
     ),
     "optimizer": Limit(
-        "the other optimizers take matrices one by one, and X-MoE has those of a rank's experts in one tensor",
+        "others are not tested; most take matrices one by one, and X-MoE has those of a rank's experts in one tensor",
         lambda args: args.optimizer in ("adam", "sgd"),
         "use --optimizer adam or sgd, or --moe-backend megatron",
-    ),
-    "use_mup": Limit(
-        "it tells vectors from matrices by their axes, and X-MoE has the biases of a rank's experts in one matrix",
-        lambda args: not args.use_mup or not args.add_bias_linear,
-        "add --disable-bias-linear, or use --moe-backend megatron",
     ),
     "moe_router_force_load_balancing": Limit(
         "ranks with the same tokens would draw different routes for them",
@@ -189,6 +184,10 @@ REFUSED: dict[str, Refusal] = _refused(
             "use --xmoe-metrics layers",
         ): "save_tokens_per_expert_interval",
         Refusal("Megatron sets it from --pipeline-model-parallel-layout", "leave it out"): "mtp_standalone",
+        Refusal(
+            "it is not tested, and tells vectors from matrices by axes, of which X-MoE's parameters have one more",
+            "use --moe-backend megatron",
+        ): "use_mup",
         Refusal("it belongs to hybrid models, and this script builds GPT models", "leave it out"):
         "mtp_hybrid_override_pattern",
         Refusal("it belongs to Transformer Engine's grouped experts, and X-MoE uses its own", "leave it out"):

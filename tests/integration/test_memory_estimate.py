@@ -10,7 +10,7 @@ from jobs import REPOSITORY, run_script
 
 sys.path.insert(0, str(REPOSITORY / "tools"))
 
-from memory_estimate import Rank, state_bytes  # noqa: E402
+from memory_estimate import Rank, activation_bytes, state_bytes  # noqa: E402
 
 LAYERS, HIDDEN, TOKENS = 6, 64, 512
 MODEL = f"""--num-layers {LAYERS} --hidden-size {HIDDEN} --num-attention-heads 4 --ffn-hidden-size 96 --seq-length 256
@@ -87,7 +87,7 @@ def kept_and_estimated(options: str, processes: int = 1) -> tuple[int, float]:
 
 def test_states_are_shared_by_the_data_parallel_ranks():
     args = Namespace(bf16=True, fp16=False, accumulate_allreduce_grads_in_fp32=True, use_distributed_optimizer=True)
-    rank = Rank(1000, 600, dense_replicas=10, expert_replicas=2, dense_layers=1, expert_layers=1, heads=1,
+    rank = Rank(1000, 600, dense_replicas=10, expert_replicas=2, chunks=((1, 1),), predicting=(0, 0), heads=1,
                 in_flight=1)  # fmt: skip
     found = state_bytes(args, rank)
     assert found == {"weights": 3200, "gradients": 6400, "optimizer states": 12 * (100 + 300)}
@@ -95,3 +95,41 @@ def test_states_are_shared_by_the_data_parallel_ranks():
     assert state_bytes(args, rank)["optimizer states"] == 12 * 1600
     args.bf16 = args.accumulate_allreduce_grads_in_fp32 = False
     assert state_bytes(args, rank) == {"weights": 6400, "gradients": 6400, "optimizer states": 8 * 1600}
+
+
+SIZES = Namespace(
+    bf16=True, fp16=False, tensor_model_parallel_size=1, sequence_parallel=False, seq_length=8, micro_batch_size=1,
+    context_parallel_size=1, hidden_size=16, ffn_hidden_size=32, swiglu=False, num_experts=None, kv_channels=4,
+    num_attention_heads=4, group_query_attention=False, multi_latent_attention=False, padded_vocab_size=50,
+    recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1,
+)  # fmt: skip
+LAYER = 8 * (2 * 16 + 3 * 4 * 8 + 2 * 16 + 2 * 32)  # norms, queries and the like, the dense network
+INPUT = 8 * 16
+
+
+@pytest.mark.parametrize(
+    ("method", "together", "kept", "again"),
+    [
+        ("uniform", 1, 8 * INPUT, LAYER),
+        ("uniform", 3, 2 * 2 * INPUT, 3 * LAYER),  # of each chunk's four layers three, and one
+        ("uniform", 9, 2 * INPUT, 4 * LAYER),
+        ("block", 1, 2 * (INPUT + 3 * LAYER), LAYER),
+        ("block", 9, 8 * INPUT, LAYER),
+    ],
+)
+def test_recomputation_is_of_each_chunk(method, together, kept, again):
+    """Two chunks of four layers, two and a half micro-batches of which are in flight."""
+    args = Namespace(**vars(SIZES) | {"recompute_method": method, "recompute_num_layers": together})
+    rank = Rank(0, 0, dense_replicas=1, expert_replicas=1, chunks=((4, 0), (4, 0)), predicting=(0, 0), heads=0,
+                in_flight=2.5)  # fmt: skip
+    assert activation_bytes(args, rank) == (2 * 2.5 * kept, 2 * again)
+
+
+def test_logits_are_kept_where_they_are_computed():
+    """And what multi-token prediction adds to a layer where that is."""
+    args = Namespace(**vars(SIZES) | {"recompute_granularity": None})
+    elsewhere = dict(dense_replicas=1, expert_replicas=1, in_flight=2)
+    predicting = Rank(0, 0, chunks=((0, 0),), predicting=(1, 0), heads=0, **elsewhere)
+    assert activation_bytes(args, predicting) == (2 * 2 * (LAYER + 3 * 2 * INPUT), 0)
+    last = Rank(0, 0, chunks=((0, 0),), predicting=(0, 0), heads=2, **elsewhere)
+    assert activation_bytes(args, last) == (2 * (2 * 2 * INPUT + 4 * 8 * 50), 0)

@@ -151,3 +151,22 @@ def test_the_step_count_is_where_it_belongs(build, kind):
             assert {state["step"].device.type for state in resumed.state.values()} == {"xpu"}
         second.load_state_dict(saved)
         assert {state["step"].device.type for state in second.state.values()} == {"cpu"}
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_state_that_is_described_before_the_first_step(build, kind, fused):
+    """What the distributed optimizer allocates then is what the first step would have."""
+    from megatron_xmoe.platform import wheel
+
+    described = wheel._allocate_state_before_it_is_described(lambda self: None)
+    with FakeTensorMode():
+        inner, stepped = (build(kind, fused, "xpu") for _ in range(2))
+        described(SimpleNamespace(optimizer=inner))
+        train(stepped, range(1))
+        for parameter, expected in zip(inner.state.values(), stepped.state.values(), strict=True):
+            assert parameter.keys() == expected.keys()
+            for name, tensor in parameter.items():
+                assert (tensor.device, tensor.dtype, tensor.shape) == (
+                    expected[name].device, expected[name].dtype, expected[name].shape
+                ), name  # fmt: skip

@@ -146,7 +146,6 @@ LIMITS = {
         {"moe_apply_probs_on_input": True, "moe_router_topk": 1},
     ),
     "optimizer": ({"optimizer": "muon"}, {"optimizer": "sgd"}),
-    "use_mup": ({"use_mup": True}, {"use_mup": True, "add_bias_linear": False}),
     "recompute_modules": (
         {"recompute_modules": ["moe", "moe_act"]},
         {"recompute_modules": ["moe", "core_attn", "mlp", "shared_experts"]},
