@@ -146,7 +146,7 @@ class XMoELayer(MoELayer):
                 "bias follows would be counted wrongly. Fix: leave one of them out"
             )
         probs, routing_map = self.sequence.route(self._route, self.router, hidden_states, padding_mask)
-        if self.config.moe_expert_capacity_factor is not None:
+        if drops:
             count_routes(self._number_in_model, routing_map)
         return probs, routing_map
 

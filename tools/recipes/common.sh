@@ -42,9 +42,9 @@ layout_options() {
         --use-distributed-optimizer
     )
     # with tensor parallelism each rank has its share of the tokens in the Mixture-of-Experts block, with or without this
-    case ${SEQUENCE_PARALLEL:-1}${BACKEND:-xmoe} in
-        1*) if ((TP > 1)); then PARALLEL+=(--sequence-parallel); fi ;;
-        0xmoe) ;;
+    case ${SEQUENCE_PARALLEL:-1},${BACKEND:-xmoe} in
+        1,*) if ((TP > 1)); then PARALLEL+=(--sequence-parallel); fi ;;
+        0,xmoe) ;;
         *)
             echo "$0: error: SEQUENCE_PARALLEL is $SEQUENCE_PARALLEL; it must be 1, or 0 with BACKEND=xmoe" >&2
             exit 2
