@@ -135,26 +135,15 @@ Tensor routes_of_rows(const Tensor& copy, const Tensor& slotted, const Tensor& c
     return table;
 }
 
-xmoe::Forwarded forwarded(const Tensor& segment, const Tensor& number, const Tensor& list_rows) {
-    return {longs("segment", segment, 1, segment), ints("number", number, 1, segment),
-            longs("list_rows", list_rows, 2, segment), segment.size(0)};
-}
-
-Tensor parts_of_pilots(const Tensor& segment, const Tensor& number, const Tensor& list_rows, int64_t first, int64_t rows,
-                       int64_t spare, int64_t members, int64_t local, int64_t stream) {
-    const xmoe::Forwarded of = forwarded(segment, number, list_rows);
-    Tensor table = new_longs({rows + spare, members}, segment);
+Tensor parts_of_sums(const Tensor& segment, const Tensor& number, const Tensor& list_rows, int64_t first, int64_t rows,
+                     int64_t members, int64_t local, int64_t stream) {
+    const xmoe::Forwarded of{longs("segment", segment, 1, segment), ints("number", number, 1, segment),
+                             longs("list_rows", list_rows, 2, segment), segment.size(0)};
+    Tensor table = new_longs({rows, members}, segment);
     on_device(segment, stream, [&](auto s) {
-        xmoe::parts_of_pilots(of, first, rows, spare, members, local, table.data_ptr<int64_t>(), s);
+        xmoe::parts_of_sums(of, first, rows, members, local, table.data_ptr<int64_t>(), s);
     });
     return table;
-}
-
-void add_forwarded(const Tensor& index, const Tensor& segment, const Tensor& number, const Tensor& list_rows,
-                   int64_t stream) {
-    longs("index", index, 1, segment);
-    const xmoe::Forwarded of = forwarded(segment, number, list_rows);
-    on_device(index, stream, [&](auto s) { xmoe::add_forwarded(index.data_ptr<int64_t>(), of, s); });
 }
 
 void write_weights(const Tensor& units, const Tensor& segment, const Tensor& weights, const Tensor& begins,
@@ -190,8 +179,7 @@ void define_bypass(pybind11::module_& m) {
     m.def("read_lists", &read_lists, released);
     m.def("read_routes", &read_routes, released);
     m.def("routes_of_rows", &routes_of_rows, released);
-    m.def("parts_of_pilots", &parts_of_pilots, released);
-    m.def("add_forwarded", &add_forwarded, released);
+    m.def("parts_of_sums", &parts_of_sums, released);
     m.def("write_weights", &write_weights, released);
     m.def("read_weights", &read_weights, released);
 }

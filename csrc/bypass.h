@@ -85,7 +85,7 @@ struct Segments {
     int64_t count, total;
 };
 struct Lists {
-    const int64_t* list_rows;  // [count, 3]
+    const int64_t* list_rows;  // [count, 2]
     int64_t* segment;          // [total], as the others
     int32_t* number;
     int64_t* pilots;
@@ -118,10 +118,8 @@ struct Forwarded {
     int64_t total;
 };
 template <typename Stream>
-void parts_of_pilots(const Forwarded& forwarded, int64_t first, int64_t rows, int64_t spare, int64_t members,
-                     int64_t local, int64_t* table, Stream stream);
-template <typename Stream>
-void add_forwarded(int64_t* index, const Forwarded& forwarded, Stream stream);
+void parts_of_sums(const Forwarded& forwarded, int64_t first, int64_t rows, int64_t members, int64_t local,
+                   int64_t* table, Stream stream);
 
 template <typename Stream>
 void write_weights(void* units, const int64_t* segment, const void* weights, const int64_t* begins, int64_t total,

@@ -140,7 +140,7 @@ struct ListItem {
         const int32_t number = word_at(static_cast<const U*>(from.units) + from.begins[segment] + i * of.word);
         lists.segment[i] = segment;
         lists.number[i] = number;
-        lists.pilots[i] = lists.list_rows[3 * segment + 1] + number;
+        lists.pilots[i] = lists.list_rows[2 * segment] + number;
     }
 };
 
@@ -184,18 +184,8 @@ struct PartItem {
     XMOE_ITEM void operator()(int64_t i) const {
         if (i < rows) table[i * members + local] = first + i;
         if (i >= forwarded.total) return;
-        const int64_t* list = forwarded.list_rows + 3 * forwarded.segment[i];
-        table[list[2] + forwarded.number[i] * members] = list[0] + i;
-    }
-};
-
-struct ForwardItem {
-    Forwarded forwarded;
-    int64_t* index;
-
-    XMOE_ITEM void operator()(int64_t i) const {
-        const int64_t* list = forwarded.list_rows + 3 * forwarded.segment[i];
-        index[list[0] + i] = list[1] + forwarded.number[i];
+        const int64_t part = forwarded.list_rows[2 * forwarded.segment[i] + 1];
+        table[part + forwarded.number[i] * members] = first + rows + i;
     }
 };
 
@@ -208,9 +198,8 @@ struct WriteWeightItem {
     Units of;
 
     XMOE_ITEM void operator()(int64_t i) const {
-        const int64_t first = begins[segment[i]];
-        if (first < kNowhere)
-            copy_units(weights + i * of.weight, units + first + i * (of.word + of.weight) + of.word, of.weight);
+        U* at = units + begins[segment[i]] + i * (of.word + of.weight);
+        copy_units(weights + i * of.weight, at + of.word, of.weight);
     }
 };
 

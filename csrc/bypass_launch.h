@@ -36,16 +36,11 @@ void routes_of_rows(const int64_t* copy, const int32_t* slotted, const int64_t* 
 }
 
 template <>
-void parts_of_pilots(const Forwarded& forwarded, int64_t first, int64_t rows, int64_t spare, int64_t members,
-                     int64_t local, int64_t* table, Stream stream) {
-    clear(stream, table, (rows + spare) * members);
+void parts_of_sums(const Forwarded& forwarded, int64_t first, int64_t rows, int64_t members, int64_t local,
+                   int64_t* table, Stream stream) {
+    clear(stream, table, rows * members);
     const int64_t items = rows < forwarded.total ? forwarded.total : rows;
     run(stream, items, PartItem{forwarded, first, rows, members, local, table});
-}
-
-template <>
-void add_forwarded(int64_t* index, const Forwarded& forwarded, Stream stream) {
-    run(stream, forwarded.total, ForwardItem{forwarded, index});
 }
 
 template <>

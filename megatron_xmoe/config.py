@@ -42,8 +42,8 @@ class XMoEConfig:
     token by a hash, the same when a step is recomputed or a run repeated; 'first' takes the first."""
 
     xmoe_rbd_overlap: Literal["on", "off"] = "on"
-    """With rbd: exchanges inside the node, and shared experts with --moe-shared-expert-overlap, run while rows are on
-    the network. 'off' does one thing after the other."""
+    """With rbd: what needs no rows from other nodes, above all shared experts with --moe-shared-expert-overlap, runs
+    while rows are on the network. 'off' does one thing after the other."""
 
     xmoe_guard_empty_alltoall: Literal["auto", "on", "off"] = "auto"
     """A rank that would send or receive nothing in an exchange of tokens sends itself one row that nobody reads: RCCL

@@ -144,7 +144,7 @@ def check_reading(call: Call, write: Call, sizes: list[int]) -> None:
         word = 4 // unit.itemsize
         record = word + dtype.itemsize // unit.itemsize
         units, ends, begins, total = random_segments(sizes, word, unit)
-        given = units, ends, begins, torch.arange(len(sizes) * 3).view(-1, 3) ** 2, total
+        given = units, ends, begins, torch.arange(len(sizes) * 2).view(-1, 2) ** 2, total
         for one, other in zip(call("read_lists", *given), reference.read_lists(*given), strict=True):
             assert_same(one, other)
 
@@ -157,15 +157,14 @@ def check_reading(call: Call, write: Call, sizes: list[int]) -> None:
         assert found[5].dtype == expected[5].dtype == dtype
         assert_same(as_units(found[5], unit), as_units(expected[5], unit))  # any bits, NaNs among them
 
-        begins[1::3] = FAR
         rest = expected[0], torch.rand(total, dtype=dtype), begins
         written = units.clone()
         reference.write_weights(written, *rest)
         assert_same(write("write_weights", units, *rest)[:-1], written[:-1])
 
 
-def check_tables(call: Call, write: Call, sizes: list[int]) -> None:
-    """Routes of each row, parts of pilots, and rows to forward."""
+def check_tables(call: Call, sizes: list[int]) -> None:
+    """Routes of each row, and parts of sums."""
     generator = torch.Generator().manual_seed(len(sizes))
     slots, total = 3, sum(sizes)
     lengths, numbers = torch.tensor(sizes), torch.arange(total)
@@ -175,13 +174,8 @@ def check_tables(call: Call, write: Call, sizes: list[int]) -> None:
     given = segment, slotted, copies, int(copies[-1]) + sizes[-1] + 1, slots
     assert_same(call("routes_of_rows", *given), reference.routes_of_rows(*given))
 
-    members, first, spare = 4, 11, 2
+    members, first = 4, 11
     within = (numbers - (lengths.cumsum(0) - lengths)[segment]).to(torch.int32)
-    pilots = first + copies
-    list_rows = torch.stack([100 + 5 * torch.arange(len(sizes)), pilots, (pilots - first) * members + 3], dim=1)
-    given = segment, within, list_rows, first, int(copies[-1]) + sizes[-1] + 1, spare, members, 2
-    assert_same(call("parts_of_pilots", *given), reference.parts_of_pilots(*given))
-    index = torch.full((100 + 5 * len(sizes) + total,), -1)
-    written = index.clone()
-    reference.add_forwarded(written, segment, within, list_rows)
-    assert_same(write("add_forwarded", index, segment, within, list_rows), written)
+    list_rows = torch.stack([first + copies, copies * members + 3], dim=1)
+    given = segment, within, list_rows, first, int(copies[-1]) + sizes[-1] + 1, members, 2
+    assert_same(call("parts_of_sums", *given), reference.parts_of_sums(*given))

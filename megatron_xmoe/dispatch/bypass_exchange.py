@@ -9,7 +9,6 @@ from torch.distributed import ProcessGroup
 
 from megatron_xmoe.dispatch import bypass_plan
 from megatron_xmoe.dispatch.bypass_plan import Found, Plan
-from megatron_xmoe.dispatch.bypass_tables import spare_rows
 from megatron_xmoe.dispatch.exchange import Pending, start_exchange
 from megatron_xmoe.dispatch.layout import Splits
 from megatron_xmoe.ops import gather_sum
@@ -23,7 +22,7 @@ class Links:
     """What a rank is connected by."""
 
     group: ProcessGroup
-    """The expert-parallel group, between nodes."""
+    """The expert-parallel group."""
 
     node: ProcessGroup
     """Its ranks on this node, ascending."""
@@ -31,7 +30,7 @@ class Links:
     guard: bool
     """Exchanges of nothing are avoided, see dispatch.exchange."""
 
-    def between(self, output: Tensor, rows: Tensor, splits: Splits) -> Pending:
+    def direct(self, output: Tensor, rows: Tensor, splits: Splits) -> Pending:
         """Start an exchange over the whole group."""
         return start_exchange(output, rows, splits.received, splits.sent, self.group, self.guard)
 
@@ -42,13 +41,12 @@ class Links:
 
 @dataclass
 class Underway:
-    """A dispatch whose first exchanges were started."""
+    """A dispatch whose first exchange was started."""
 
     rows: Tensor
     """Rows at the experts, as far as they arrived."""
 
-    between: Pending
-    own: Pending
+    direct: Pending
 
 
 @dataclass
@@ -70,25 +68,20 @@ def start_dispatch(
 ) -> Underway:
     """Send pilots to other nodes and copies inside this one, with the indices and routing weights of all routes.
 
-    Args: tokens [T, H]; weights [N] of the routes in expert order; what was chosen for them; whether the copies are
-        sent while the pilots are.
+    Args: tokens [T, H]; weights [N] of the routes in expert order; what was chosen for them; whether the device does
+        other things meanwhile.
     """
     layout = plan.dispatching
-    to_nodes = sum(layout.between.sent)
-    total = to_nodes + sum(layout.inside[0].sent)
-    outgoing = take_rows(tokens, bypass_plan.rows_to_send(plan, plan.out.sends, total))
+    sent = sum(layout.direct.sent)
+    outgoing = take_rows(tokens, bypass_plan.rows_to_send(plan, plan.out.sends, sent))
     bypass_plan.write_meta(outgoing, weights.to(wire_dtype(weights.dtype)), copies, plan)
-    first, inside, end = layout.at_experts
+    first, forwarded, end = layout.at_experts
     rows = tokens.new_empty(end, tokens.shape[1])
-    between = links.between(rows[first:inside], outgoing[:to_nodes], layout.between)
+    direct = links.direct(rows[first:forwarded], outgoing[:sent], layout.direct)
     if not overlap:
-        between.wait()
-    own_end = inside + sum(layout.inside[0].received)
-    own = links.inside(rows[inside:own_end], outgoing[to_nodes:total], layout.inside[0])
-    if not overlap:
-        own.wait()
+        direct.wait()
     rows[:first] = tokens
-    return Underway(rows, between, own)
+    return Underway(rows, direct)
 
 
 @torch.no_grad()
@@ -98,32 +91,28 @@ def finish_dispatch(underway: Underway, plan: Plan, links: Links, dtype: torch.d
     Args: `dtype` of the routing weights.
     """
     rows, layout = underway.rows, plan.dispatching
-    _, inside, end = layout.at_experts
-    own_end = inside + sum(layout.inside[0].received)
+    _, forwarded, end = layout.at_experts
     tables = plan.there  # made while the rows are on their way
-    underway.between.wait()
+    underway.direct.wait()
     *lists, pilots = bypass_plan.read_lists(plan, tables, rows)
-    forwarded = links.inside(rows[own_end:end], take_rows(rows[:inside], pilots), layout.inside[1])
-    underway.own.wait()
+    inside = links.inside(rows[forwarded:end], take_rows(rows[:forwarded], pilots), layout.inside)
     *routes, index, weights = bypass_plan.read_routes(plan, tables, rows)
-    forwarded.wait()
+    inside.wait()
     return Arrived(take_rows(rows, index), weights.to(dtype), Found(*routes, *lists))
 
 
 def spread(tokens: Tensor, plan: Plan, found: Found, links: Links) -> Tensor:
     """Rows [M, H] of the routes from rows of the tokens [T, H], with the metadata of an earlier dispatch."""
-    tables = plan.back
-    layout = tables.layout
-    _, inside, back, total = layout.at_tokens
-    index = bypass_plan.rows_to_send(plan, tables.sends, total)
-    first, _, end = layout.at_experts
+    layout = plan.returning
+    sent = sum(layout.direct.sent)
+    index = bypass_plan.rows_to_send(plan, plan.back.sends, sent)
+    first, forwarded, end = layout.at_experts
     rows = tokens.new_empty(end, tokens.shape[1])
-    between = links.between(rows[first:inside], take_rows(tokens, index[back:total]), layout.between)
+    direct = links.direct(rows[first:forwarded], take_rows(tokens, index[:sent]), layout.direct)
     rows[:first] = tokens
-    bypass_plan.add_forwarded(index, plan, found)
-    of_routes = bypass_plan.rows_of_routes(plan, found)
-    between.wait()
-    links.inside(rows[inside:], take_rows(rows[:inside], index[inside:back]), layout.inside[0]).wait()
+    pilots, of_routes = bypass_plan.rows_to_forward(plan, found), bypass_plan.rows_of_routes(plan, found)
+    direct.wait()
+    links.inside(rows[forwarded:], take_rows(rows[:forwarded], pilots), layout.inside).wait()
     return take_rows(rows, of_routes)
 
 
@@ -137,28 +126,25 @@ def collect(
     Returns:
         [T, H]; [N] the numbers of the routes that this rank sent, None without `weights`.
     """
-    tables = plan.back if weights is None else plan.back_with_weights
-    layout = tables.layout
-    first, inside, end = layout.at_experts
-    _, _, back, total = layout.at_tokens
-    summed = gather_sum(rows, bypass_plan.routes_of_rows(plan, found, tables, end + spare_rows(plan.counts)))
-    if weights is not None:
-        bypass_plan.return_weights(plan, found, weights, summed, abroad=False)
+    tables, layout = (plan.back, plan.returning) if weights is None else (plan.there, plan.dispatching)
+    _, forwarded, end = layout.at_experts
+    *_, back, total = layout.at_tokens
+    summed = gather_sum(rows, bypass_plan.routes_of_rows(plan, found, tables, end))
     gathered = rows.new_empty(total, rows.shape[1])
-    returned = links.inside(gathered[inside:back], summed[inside:end], layout.inside[0].back)
-    gathered[:inside] = summed[:inside]
-    parts = bypass_plan.parts_of_pilots(plan, found, tables)
+    returned = links.inside(gathered[forwarded:back], summed[forwarded:], layout.inside.back)
+    gathered[:forwarded] = summed[:forwarded]
+    parts = bypass_plan.parts_of_sums(plan, found, tables, layout)
     returned.wait()
-    pilots = gather_sum(gathered[:back], parts)
+    sums = gather_sum(gathered[:back], parts)
     if weights is not None:
-        bypass_plan.return_weights(plan, found, weights, pilots, abroad=True)
-    returned = links.between(gathered[back:], pilots[: inside - first], layout.between.back)
+        bypass_plan.return_weights(plan, found, weights, sums)
+    returned = links.direct(gathered[back:], sums, layout.direct.back)
     of_tokens = bypass_plan.tokens_table(plan, tables)
     returned.wait()
-    sums = gather_sum(gathered, of_tokens)
+    output = gather_sum(gathered, of_tokens)
     if weights is None:
-        return sums, None
-    return sums, bypass_plan.returned_weights(plan, gathered)
+        return output, None
+    return output, bypass_plan.returned_weights(plan, gathered[back:])
 
 
 class Dispatch(torch.autograd.Function):

@@ -21,13 +21,12 @@ from megatron_xmoe.dispatch.bypass_tables import (
     BackTables,
     InTables,
     OutTables,
-    WeightTables,
+    RowTables,
     back_tables,
     in_tables,
     out_tables,
-    row_tables,
     spare_rows,
-    weight_tables,
+    units_of_numbers,
 )
 from megatron_xmoe.dispatch.layout import Counts, Layout
 from megatron_xmoe.dispatch.pilots import Places
@@ -59,32 +58,28 @@ class Plan:
 
     @cached_property
     def dispatching(self) -> Layout:
-        """Of the dispatch."""
-        return Layout(self.counts, together=False, meta=True)
+        """Of the dispatch and its gradient."""
+        return Layout(self.counts, meta=True)
 
     @cached_property
-    def out(self) -> "OutTables":
+    def returning(self) -> Layout:
+        """Of the combine and its gradient."""
+        return Layout(self.counts, meta=False)
+
+    @cached_property
+    def out(self) -> OutTables:
         """Of the dispatch, for what is sent first."""
         return OutTables(**self._on_device(out_tables(self.dispatching)))
 
     @cached_property
-    def there(self) -> "InTables":
-        """Of the dispatch, for what arrives."""
-        tables = row_tables(self.dispatching) | in_tables(self.dispatching, self.arrival_order)
-        return InTables(**self._on_device(tables))
+    def there(self) -> InTables:
+        """Of the dispatch, for what arrives, and of its gradient."""
+        return InTables(**self._on_device(in_tables(self.dispatching, self.arrival_order)))
 
     @cached_property
-    def back(self) -> "BackTables":
+    def back(self) -> BackTables:
         """Of the combine and its gradient."""
-        layout = Layout(self.counts, together=True, meta=False)
-        return BackTables(layout, **self._on_device(row_tables(layout) | back_tables(layout)))
-
-    @cached_property
-    def back_with_weights(self) -> "WeightTables":
-        """Of the gradient of the dispatch."""
-        layout = Layout(self.counts, together=True, meta=True)
-        tables = row_tables(layout) | back_tables(layout) | weight_tables(layout, self.arrival_order)
-        return WeightTables(layout, **self._on_device(tables))
+        return BackTables(**self._on_device(back_tables(self.returning)))
 
     @cached_property
     def received(self) -> tuple[int, int]:
@@ -127,14 +122,14 @@ class Found:
     """[F] int32: the row's number among the source's pilots."""
 
 
-def tokens_table(plan: Plan, tables: BackTables) -> Tensor:
+def tokens_table(plan: Plan, tables: RowTables) -> Tensor:
     """[T, K] int64: rows, at the tokens, that are copies of a token or sums for it; negative for none."""
     return tables.sums[plan.bins] + plan.number
 
 
-def rows_to_send(plan: Plan, sends: Tensor, end: int) -> Tensor:
-    """[end + spare_rows] int64: token of each row at the tokens before `end` that is sent, -1 for other rows."""
-    return operation("sources_of_rows", plan.bins)(plan.bins, plan.number, sends, end + spare_rows(plan.counts))
+def rows_to_send(plan: Plan, sends: Tensor, rows: int) -> Tensor:
+    """[rows + spare_rows] int64: token of each direct row that is sent, -1 for meta rows."""
+    return operation("sources_of_rows", plan.bins)(plan.bins, plan.number, sends, rows + spare_rows(plan.counts))
 
 
 def write_meta(rows: Tensor, weights: Tensor, copies: Numbered, plan: Plan) -> None:
@@ -172,39 +167,34 @@ def rows_of_routes(plan: Plan, found: Found) -> Tensor:
     return plan.back.copies[found.copy] + found.number
 
 
-def routes_of_rows(plan: Plan, found: Found, tables: BackTables, rows: int) -> Tensor:
+def routes_of_rows(plan: Plan, found: Found, tables: RowTables, rows: int) -> Tensor:
     """[rows, S] int64: routes of each row at the experts, -1 for none."""
     return operation("routes_of_rows", found.copy)(found.copy, found.slotted, tables.copies, rows, plan.slots)
 
 
-def add_forwarded(index: Tensor, plan: Plan, found: Found) -> None:
-    """Put into `index`, of rows at the tokens, the row at the experts of the pilot of each row that is forwarded."""
-    operation("add_forwarded", index)(index, found.list_segment, found.list_number, plan.back.list_rows)
+def rows_to_forward(plan: Plan, found: Found) -> Tensor:
+    """[F] int64: row, at the experts, of the pilot of each row that is forwarded in the gradient of the combine."""
+    return plan.back.list_rows[:, 0][found.list_segment] + found.list_number
 
 
-def parts_of_pilots(plan: Plan, found: Found, tables: BackTables) -> Tensor:
-    """[P + spare_rows, J] int64: the rows, at the tokens, that make up the sum of each of the P rows between nodes."""
-    first, end, _ = tables.layout.at_experts
-    return operation("parts_of_pilots", found.list_segment)(
-        found.list_segment, found.list_number, tables.list_rows, first, end - first, spare_rows(plan.counts),
-        len(plan.places.members), plan.places.local,
+def parts_of_sums(plan: Plan, found: Found, tables: RowTables, layout: Layout) -> Tensor:
+    """[P, J] int64: the rows, at the tokens, that make up the sum of each of the P direct rows."""
+    first, end, _ = layout.at_experts
+    return operation("parts_of_sums", found.list_segment)(
+        found.list_segment, found.list_number, tables.list_rows, first, end - first, len(plan.places.members),
+        plan.places.local,
     )  # fmt: skip
 
 
-def return_weights(plan: Plan, found: Found, weights: Tensor, rows: Tensor, abroad: bool) -> None:
-    """Write weights [M] of received routes into `rows` that return to where they came from.
-
-    Args: rows between nodes for those from other nodes (`abroad`), or rows at the experts for those from this one;
-        with spare rows.
-    """
-    tables = plan.back_with_weights
-    begins = tables.abroad_routes_in if abroad else tables.node_routes_in
+def return_weights(plan: Plan, found: Found, weights: Tensor, rows: Tensor) -> None:
+    """Write weights [M] of received routes into the direct `rows` that return to where they came from."""
+    begins = plan.there.routes_in - plan.counts.tokens * units_of_numbers(plan.counts)[0]
     operation("write_weights", rows)(units_of(rows), found.segment, weights.contiguous(), begins)
 
 
 def returned_weights(plan: Plan, rows: Tensor) -> Tensor:
-    """The weights [N] of sent routes that returned among `rows` at the tokens, in the wire's type."""
+    """The weights [N] of sent routes that returned among the direct `rows`, in the wire's type."""
     return operation("read_weights", rows)(
-        units_of(rows), plan.expert_ids, plan.back_with_weights.routes_out, plan.places.experts_per_rank,
+        units_of(rows), plan.expert_ids, plan.out.routes_out, plan.places.experts_per_rank,
         plan.counts.weight_bytes,
     )  # fmt: skip

@@ -22,35 +22,43 @@ class OutTables:
     """What a dispatch needs to send its rows."""
 
     sends: Tensor
-    """[B]: first row, at the tokens, of the rows to send that are in a bin; FAR for others."""
+    """[B]: first of the direct rows to send that are in a bin; FAR for others."""
 
     list_out: Tensor
-    """[B]: where the list of a bin begins, FAR for others."""
+    """[B]: where the list of a bin begins among them, FAR for others."""
 
     routes_out: Tensor
-    """[G]: where records for a rank begin."""
+    """[G]: where records for a rank begin among them."""
 
 
 @dataclass(frozen=True)
-class InTables:
-    """What a dispatch needs for the rows that arrive."""
+class RowTables:
+    """What a rank that forwards rows, experts and tokens need of a layout."""
 
     list_rows: Tensor
-    """[J * G, 3]: of the rows that this rank forwards, by place and source: their row at the tokens, less the number of
-    rows in segments before; the first pilot's row at the experts; that pilot's row among those between nodes * J + the
-    place."""
+    """[J * G, 2]: of the rows that this rank forwards, by place and source: the first pilot's row at the experts; that
+    row among the direct ones * J + the place."""
 
     copies: Tensor
     """[G * J]: Layout.copies."""
 
+    sums: Tensor
+    """[B]: first row, at the tokens, of what returns of the rows sent in a bin; the first token for copies that stay;
+    -FAR for others."""
+
+
+@dataclass(frozen=True)
+class InTables(RowTables):
+    """What a dispatch needs for the rows that arrive, and its gradient for those that return."""
+
     list_in: Tensor
-    """[J * G]: where lists of a place and source begin."""
+    """[J * G]: where lists of a place and source begin, at the experts."""
 
     list_ends: Tensor
     """[J * G]: rows to forward of the segments up to each; the last one is F."""
 
     routes_in: Tensor
-    """[L * G]: where records of a segment begin."""
+    """[L * G]: where records of a segment begin, at the experts."""
 
     route_ends: Tensor
     """[L * G]: received routes of the segments up to each; the last one is M."""
@@ -60,36 +68,11 @@ class InTables:
 
 
 @dataclass(frozen=True)
-class BackTables:
-    """Of a layout for the way back, and for the gradients that retrace it."""
-
-    layout: Layout
-
-    list_rows: Tensor
-    """See InTables."""
-
-    copies: Tensor
-    """See InTables."""
+class BackTables(RowTables):
+    """What the combine and its gradient need."""
 
     sends: Tensor
     """See OutTables."""
-
-    sums: Tensor
-    """[B]: the same, and the first token for copies that stay; -FAR for others."""
-
-
-@dataclass(frozen=True)
-class WeightTables(BackTables):
-    """The same where weights travel, too."""
-
-    routes_out: Tensor
-    """See OutTables."""
-
-    node_routes_in: Tensor
-    """[L * G]: where records of a segment begin if the source is on this node, else FAR."""
-
-    abroad_routes_in: Tensor
-    """[L * G]: the same in the rows between nodes, if the source is on another."""
 
 
 def units_of_numbers(counts: Counts) -> tuple[int, int, int]:
@@ -111,29 +94,26 @@ def by_bin(places: Places, of_ranks: ndarray) -> ndarray:
 
 
 def row_tables(layout: Layout) -> dict[str, ndarray]:
-    """What a rank that forwards rows, and experts, need of every layout."""
+    """See RowTables."""
     places, members = layout.counts.places, len(layout.counts.places.members)
-    list_rows = np.empty((members, places.ranks, 3), np.int64)
-    list_rows[:, :, 0] = (layout.forwards - starts(layout.forwarded[0]))[:, None]
-    list_rows[:, :, 1] = layout.pilots
-    list_rows[:, :, 2] = (layout.pilots - layout.counts.tokens) * members + np.arange(members)[:, None]
-    return {"list_rows": list_rows.reshape(-1, 3), "copies": layout.copies.ravel()}
+    list_rows = np.empty((members, places.ranks, 2), np.int64)
+    list_rows[:, :, 0] = layout.arrived
+    list_rows[:, :, 1] = (layout.arrived - layout.counts.tokens) * members + np.arange(members)[:, None]
+    sums = by_bin(places, layout.sent_to + layout.at_tokens[2])
+    sums[sums == FAR] = -FAR
+    sums[-2] = 0
+    return {"list_rows": list_rows.reshape(-1, 2), "copies": layout.copies.ravel(), "sums": sums}
 
 
 def out_tables(layout: Layout) -> dict[str, ndarray]:
     """See OutTables."""
     counts, places = layout.counts, layout.counts.places
-    units, word, _ = units_of_numbers(counts)
+    units, word, record = units_of_numbers(counts)
     list_out = np.full(places.ranks * places.width + 2, FAR)
     list_out[:-2] = ((layout.meta_out * units)[:, None] + starts(counts.lists[0], 1) * word).ravel()
     list_out[places.own_bins] = FAR
-    return {"sends": by_bin(places, layout.sent_to), "list_out": list_out, "routes_out": routes_out(layout)}
-
-
-def routes_out(layout: Layout) -> ndarray:
-    """See OutTables."""
-    counts, (units, word, record) = layout.counts, units_of_numbers(layout.counts)
-    return layout.meta_out * units + counts.list_sizes[0] * word - starts(counts.route_sizes[0]) * record
+    routes_out = layout.meta_out * units + counts.list_sizes[0] * word - starts(counts.route_sizes[0]) * record
+    return {"sends": by_bin(places, layout.sent_to), "list_out": list_out, "routes_out": routes_out}
 
 
 def routes_in(layout: Layout, arrival_order: bool) -> tuple[ndarray, ndarray, ndarray]:
@@ -155,7 +135,7 @@ def in_tables(layout: Layout, arrival_order: bool) -> dict[str, ndarray]:
     lists = counts.lists[1, :, :members]
     list_in, list_sizes = (layout.meta_in * units)[:, None] + starts(lists, 1) * word, lists.T.ravel()
     begins, sizes, sources = routes_in(layout, arrival_order)
-    return {
+    return row_tables(layout) | {
         "list_in": list_in.T.ravel() - starts(list_sizes) * word,
         "list_ends": list_sizes.cumsum(),
         "routes_in": begins,
@@ -166,19 +146,4 @@ def in_tables(layout: Layout, arrival_order: bool) -> dict[str, ndarray]:
 
 def back_tables(layout: Layout) -> dict[str, ndarray]:
     """See BackTables."""
-    sends = by_bin(layout.counts.places, layout.sent_to)
-    sums = np.where(sends == FAR, -FAR, sends)
-    sums[-2] = 0
-    return {"sends": sends, "sums": sums}
-
-
-def weight_tables(layout: Layout, arrival_order: bool) -> dict[str, ndarray]:
-    """See WeightTables."""
-    counts = layout.counts
-    begins, _, sources = routes_in(layout, arrival_order)
-    remote, before = counts.places.remote[sources], counts.tokens * units_of_numbers(counts)[0]
-    return {
-        "routes_out": routes_out(layout),
-        "node_routes_in": np.where(remote, FAR, begins),
-        "abroad_routes_in": np.where(remote, begins - before, FAR),
-    }
+    return row_tables(layout) | {"sends": by_bin(layout.counts.places, layout.sent_to)}

@@ -3,13 +3,13 @@
 A pass *spreads* rows of tokens to experts (dispatch; backward of combine) and *collects* rows of experts for tokens
 (combine; backward of dispatch). Both have buffers of rows in these sections:
 
-    at the experts:  [ tokens of this rank | between nodes | inside the node ]
-    at the tokens:   [ tokens of this rank | between nodes | inside the node, sent | between nodes, sent ]
+    at the experts:  [ tokens of this rank | direct | forwarded ]
+    at the tokens:   [ tokens of this rank | direct | forwarded, sent | direct, sent ]
 
-"Between nodes" has, by source rank, the pilots and then, in the dispatch, *meta rows*: raw bits of indices and routing
-weights. "Inside the node" has what ranks of the node send each other: copies of their own tokens with their meta rows,
-and copies that they forward. The forward pass of the dispatch sends all own ones before the forwarded ones; otherwise
-they travel together, rank by rank. A rank's copies for itself are not sent: its tokens are in the buffer.
+"Direct" rows go from the tokens' rank to another over the whole group: by source rank, pilots from other nodes, copies
+from the own one, and then, in the dispatch, *meta rows*: raw bits of indices and routing weights. "Forwarded" are the
+copies that pilots' ranks send on inside their node. A rank's copies for itself are not sent: its tokens are in the
+buffer; only its meta rows are.
 
 Letters: G ranks of the group, R of the largest node, L experts of a rank, J ranks of this node.
 """
@@ -17,7 +17,6 @@ Letters: G ranks of the group, R of the largest node, L experts of a rank, J ran
 from dataclasses import dataclass
 from functools import cached_property
 
-import numpy as np
 from numpy import ndarray
 
 from megatron_xmoe.dispatch.pilots import Places
@@ -98,111 +97,66 @@ class Layout:
     """
 
     counts: Counts
-    together: bool
-    """One exchange inside the node, and not two."""
-
     meta: bool
     """Whether there are meta rows."""
 
     @cached_property
     def sizes(self) -> ndarray:
-        """[2, G]: rows of all kinds for and from each rank, but forwarded ones."""
+        """[2, G]: direct rows to and from each rank."""
         return self.counts.rows + self.counts.meta_rows if self.meta else self.counts.rows
 
     @cached_property
-    def abroad(self) -> ndarray:
-        """[2, G]: those of ranks of other nodes."""
-        return self.sizes * self.counts.places.remote
+    def direct(self) -> Splits:
+        """Over the group."""
+        return Splits(*self.sizes.tolist())
 
     @cached_property
-    def between(self) -> Splits:
-        """Between nodes, over the group."""
-        return Splits(*self.abroad.tolist())
-
-    @cached_property
-    def own(self) -> ndarray:
-        """[2, J]: rows of this node's ranks."""
-        return self.sizes[:, self.counts.places.members]
-
-    @cached_property
-    def forwarded(self) -> ndarray:
-        """[2, J]: rows that this rank forwards to each of its node, and that each forwards to it."""
+    def inside(self) -> Splits:
+        """Inside the node: rows that this rank forwards, and that are forwarded to it."""
         counts = self.counts
-        return np.stack([counts.lists[1].sum(0)[: len(counts.places.members)], counts.forwarded.sum(0)])
-
-    @cached_property
-    def inside(self) -> tuple[Splits, ...]:
-        """Inside the node: (own, forwarded), or (both,)."""
-        parts = (self.own + self.forwarded,) if self.together else (self.own, self.forwarded)
-        return tuple(Splits(*part.tolist()) for part in parts)
+        sent, received = counts.lists[1].sum(0)[: len(counts.places.members)], counts.forwarded.sum(0)
+        return Splits(sent.tolist(), received.tolist())
 
     @cached_property
     def at_experts(self) -> tuple[int, int, int]:
         """First row of each section at the experts but the first, and the number of rows."""
-        inside_at = self.counts.tokens + sum(self.between.received)
-        return self.counts.tokens, inside_at, inside_at + sum(sum(splits.received) for splits in self.inside)
+        forwarded_at = self.counts.tokens + sum(self.direct.received)
+        return self.counts.tokens, forwarded_at, forwarded_at + sum(self.inside.received)
 
     @cached_property
     def at_tokens(self) -> tuple[int, int, int, int]:
         """The same at the tokens."""
-        inside_at = self.counts.tokens + sum(self.between.received)
-        back_at = inside_at + sum(sum(splits.sent) for splits in self.inside)
-        return self.counts.tokens, inside_at, back_at, back_at + sum(self.between.sent)
+        forwarded_at = self.at_experts[1]
+        sent_at = forwarded_at + sum(self.inside.sent)
+        return self.counts.tokens, forwarded_at, sent_at, sent_at + sum(self.direct.sent)
 
     @cached_property
     def sent_to(self) -> ndarray:
-        """[G] at the tokens: what was sent to each rank."""
-        abroad = self.abroad[0]
-        sent_to = starts(abroad)
-        if self.together:
-            sent_to += self.at_tokens[2]
-            own_at = self.at_tokens[1] + starts(self.own[0] + self.forwarded[0])
-        else:
-            own_at = sum(self.between.sent) + starts(self.own[0])
-        sent_to[self.counts.places.members] = own_at
-        return sent_to
+        """[G] among the direct rows that are sent: those to each rank."""
+        return starts(self.sizes[0])
 
     @cached_property
     def meta_out(self) -> ndarray:
-        """[G] at the tokens: meta rows for each rank."""
+        """[G] among the direct rows that are sent: meta rows for each rank."""
         return self.sent_to + self.counts.rows[0]
 
     @cached_property
-    def forwards(self) -> ndarray:
-        """[J] at the tokens: what this rank forwards to each of the node."""
-        if self.together:
-            return self.sent_to[self.counts.places.members] + self.own[0]
-        return starts(self.forwarded[0])
-
-    @cached_property
-    def _inside_in(self) -> tuple[ndarray, ndarray]:
-        """[J] at the experts: own copies of each rank of the node, and what it forwards."""
-        inside_at = self.at_experts[1]
-        if self.together:
-            own_at = inside_at + starts(self.own[1] + self.forwarded[1])
-            return own_at, own_at + self.own[1]
-        own_end = inside_at + sum(self.inside[0].received)
-        return inside_at + starts(self.own[1]), own_end + starts(self.forwarded[1])
-
-    @cached_property
-    def pilots(self) -> ndarray:
-        """[G] at the experts: pilots of each source; of a source on this node, its own copies."""
-        pilots = self.counts.tokens + starts(self.abroad[1])
-        pilots[self.counts.places.members] = self._inside_in[0]
-        return pilots
+    def arrived(self) -> ndarray:
+        """[G] at the experts: direct rows of each source."""
+        return self.counts.tokens + starts(self.sizes[1])
 
     @cached_property
     def meta_in(self) -> ndarray:
         """[G] at the experts: meta rows of each source."""
-        return self.pilots + self.counts.rows[1]
+        return self.arrived + self.counts.rows[1]
 
     @cached_property
     def copies(self) -> ndarray:
         """[G, J] at the experts: copies of each source's tokens from each of this node."""
-        places, (own_at, forwarded_at) = self.counts.places, self._inside_in
-        copies = forwarded_at + starts(self.counts.forwarded)
-        copies[:, places.local] = self.pilots
-        copies[places.members] = own_at[:, None]
+        places, forwarded = self.counts.places, self.counts.forwarded
+        copies = self.at_experts[1] + starts(forwarded.sum(0)) + starts(forwarded)
+        copies[:, places.local] = self.arrived
+        copies[places.members] = self.arrived[places.members, None]
         copies[places.rank] = 0  # the tokens themselves
         return copies
 

@@ -37,10 +37,10 @@ LARGEST_WORD = 2**31 - 1
 class RedundancyBypassDispatcher(PaddingFreeDispatcher):
     """Sends a token once to each other node and once to each rank of a node, and sums its results the same way back.
 
-    Six exchanges forward: counts; pilots between nodes; copies of this node's tokens; copies of what other nodes sent;
-    and two for the way back. Four backward. Indices and routing weights travel with the rows, at most 16 bytes a route,
-    rounded up to whole rows for each rank. The counts say the sizes of all of them, so the host waits for the device
-    once, and not at all in the backward pass.
+    Five exchanges forward: counts; pilots to other nodes, and copies inside the own one; copies of what other nodes
+    sent; and two for the way back. Four backward. Indices and routing weights travel with the rows, at most 16 bytes a
+    route, rounded up to whole rows for each rank. The counts say the sizes of all of them, so the host waits for the
+    device once, and not at all in the backward pass.
 
     Experts get their rows in the same order as from the plain dispatcher. Sums are rounded once on each level.
     """
@@ -61,7 +61,7 @@ class RedundancyBypassDispatcher(PaddingFreeDispatcher):
         Args:
             topology: nodes of the expert-parallel group; several, and one of them with several ranks.
             pilot: "balanced" spreads pilots over a node's ranks by a hash; "first" takes the first that has an expert.
-            overlap: what stays in the node, and shared experts, do not wait for what crosses the network.
+            overlap: shared experts do not wait for what crosses the network.
         """
         super().__init__(num_local_experts, config, pg_collection, topology, min_capacity, guard)
         self.pilot = pilot

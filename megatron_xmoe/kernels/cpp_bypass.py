@@ -44,14 +44,9 @@ def routes_of_rows(copy: Tensor, *args) -> Tensor:
     return _call("routes_of_rows", copy, *args)
 
 
-def parts_of_pilots(segment: Tensor, *args) -> Tensor:
-    """See `kernels.reference_bypass.parts_of_pilots`."""
-    return _call("parts_of_pilots", segment, *args)
-
-
-def add_forwarded(index: Tensor, *args) -> None:
-    """See `kernels.reference_bypass.add_forwarded`."""
-    _call("add_forwarded", index, *args)
+def parts_of_sums(segment: Tensor, *args) -> Tensor:
+    """See `kernels.reference_bypass.parts_of_sums`."""
+    return _call("parts_of_sums", segment, *args)
 
 
 def write_weights(units: Tensor, *args) -> None:

@@ -117,12 +117,12 @@ def read_lists(
     Args:
         ends: [S] rows of the segments up to each, the last one F.
         list_in: [S] where each segment's list begins, less the entries before it.
-        list_rows: [S, 3] of `Tables`.
+        list_rows: [S, 2] of `RowTables`.
         total: F.
     """
     segment = torch.searchsorted(ends, torch.arange(total, device=ends.device), right=True)
     number = read_units(units, _records(list_in[segment], 4 // units.itemsize), torch.int32)
-    return segment, number, list_rows[:, 1][segment] + number
+    return segment, number, list_rows[:, 0][segment] + number
 
 
 def read_routes(
@@ -131,8 +131,8 @@ def read_routes(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Records [M]: `segment`, `copy`, `number` and `slotted` of `Found`; row of the copy int64; weight.
 
-    Args: as for the lists; sources [S] of each segment; copies, of `Tables`; M; R; most routes of a copy; 4 for weights
-        in fp32, 8 in fp64.
+    Args: as for the lists; sources [S] of each segment; copies, of `RowTables`; M; R; most routes of a copy; 4 for
+        weights in fp32, 8 in fp64.
     """
     word, weight = 4 // units.itemsize, weight_bytes // units.itemsize
     segment = torch.searchsorted(ends, torch.arange(total, device=ends.device), right=True)
@@ -159,33 +159,25 @@ def routes_of_rows(copy: Tensor, slotted: Tensor, copies: Tensor, rows: int, slo
     return table.view(rows, slots)
 
 
-def parts_of_pilots(
-    segment: Tensor, number: Tensor, list_rows: Tensor, first: int, rows: int, spare: int, members: int, local: int
+def parts_of_sums(
+    segment: Tensor, number: Tensor, list_rows: Tensor, first: int, rows: int, members: int, local: int
 ) -> Tensor:
-    """[rows + spare, members] int64: parts of each of `rows` rows, -1 for none: at `local` itself, from `first` on.
+    """[rows, members] int64: parts of each of `rows` rows, -1 for none: at `local` itself, `first` rows on, and behind
+    all of them what returns of the forwarded rows.
 
-    Args: segment and number [F] of the rows that were forwarded; list_rows [S, 3] of Tables.
+    Args: segment and number [F] of the rows that were forwarded; list_rows [S, 2] of `RowTables`.
     """
-    table = list_rows.new_full((rows + spare, members), -1)
-    table[:rows, local] = torch.arange(first, first + rows, device=table.device)
-    forwards, _, parts = list_rows[segment].unbind(1)
-    numbers = torch.arange(segment.shape[0], device=table.device)
-    table.view(-1)[torch.add(parts, number, alpha=members)] = forwards + numbers
+    table = list_rows.new_full((rows, members), -1)
+    table[:, local] = torch.arange(first, first + rows, device=table.device)
+    returned = torch.arange(segment.shape[0], device=table.device) + (first + rows)
+    table.view(-1)[torch.add(list_rows[:, 1][segment], number, alpha=members)] = returned
     return table
 
 
-def add_forwarded(index: Tensor, segment: Tensor, number: Tensor, list_rows: Tensor) -> None:
-    """Put into `index`, where rows are forwarded, the rows of their pilots. Args: see above."""
-    forwards, pilots, _ = list_rows[segment].unbind(1)
-    index[forwards + torch.arange(segment.shape[0], device=index.device)] = pilots + number
-
-
 def write_weights(units: Tensor, segment: Tensor, weights: Tensor, begins: Tensor) -> None:
-    """Write weights [M] into the records of their segments, which lie before the last unit. Args: begins [S] as in
-    read_routes, FAR for records that are not there."""
+    """Write weights [M] into the records of their segments. Args: begins [S] as in read_routes."""
     word, weight = 4 // units.itemsize, weights.itemsize // units.itemsize
-    at = _records(begins[segment], word + weight)[:, word:].clamp_(max=units.shape[0] - 1)
-    units[at] = as_units(weights, units.dtype)
+    units[_records(begins[segment], word + weight)[:, word:]] = as_units(weights, units.dtype)
 
 
 def read_weights(units: Tensor, expert_ids: Tensor, routes_out: Tensor, local: int, weight_bytes: int) -> Tensor:

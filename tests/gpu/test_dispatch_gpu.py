@@ -120,4 +120,4 @@ class TestBypassKernels:
 
     @pytest.mark.parametrize("sizes", cases.SEGMENTS + cases.MANY, ids=lambda sizes: f"{len(sizes)} of {sum(sizes)}")
     def test_tables(self, module, sizes):
-        cases.check_tables(caller(module), writer(module), sizes)
+        cases.check_tables(caller(module), sizes)
