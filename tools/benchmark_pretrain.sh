@@ -16,7 +16,7 @@ while [[ $# -gt 0 ]]; do
     case $1 in
         --gpus) gpus=$2; shift 2 ;;
         --backends) backends=$2; shift 2 ;;
-        --help | -h) sed -n '2,10s/^# \{0,1\}//p' "$0"; exit 0 ;;
+        --help | -h) sed -n '2,9s/^# \{0,1\}//p' "$0"; exit 0 ;;
         *) break ;;
     esac
 done
