@@ -4,7 +4,7 @@
 #   bash tools/benchmark_pretrain.sh [--gpus N] [--backends "megatron xmoe"] [extra pretrain_xmoe.py options]
 #
 # One GPU: global batch 8. N GPUs: expert parallelism N, global batch 8 N. Both backends get the same options, with those
-# that stock Megatron needs without Transformer Engine and Apex (the first five below); X-MoE's kernels are on all the same.
+# that stock Megatron needs without Transformer Engine and Apex (the first five below); X-MoE's kernels are on with them.
 # Prints, for each backend, the median time of an iteration after four warm-up iterations, TFLOP/s a GPU (Megatron's
 # count), tokens/s, peak memory and losses.
 set -euo pipefail
