@@ -91,13 +91,20 @@ class XMoEConfig:
 
     xmoe_gradient_accumulation_fusion: Literal["auto", "on", "off"] = "auto"
     """Whether the experts' weight gradients are added to Megatron's main_grad (fp32 with
-    --accumulate-allreduce-grads-in-fp32 or --bf16) by the matrix products themselves. 'auto' does unless
-    --no-gradient-accumulation-fusion is given. Needs no Apex, unlike the same in Megatron's own layers."""
+    --accumulate-allreduce-grads-in-fp32 or --bf16) by the matrix products themselves. 'auto' does, and needs no Apex:
+    --no-gradient-accumulation-fusion, without which stock Megatron does not start there, means Megatron's own layers
+    only. 'off' leaves it to Megatron's hooks."""
 
     xmoe_router_fusion: Literal["auto", "off"] = "auto"
     """Whether this project's kernels choose experts, weigh them and compute the load-balancing losses, in a few
     launches instead of about forty. 'auto' sets --moe-router-fusion on a GPU where they serve the options and Triton
     can run, and says so at start-up; 'off' leaves Megatron's own functions, for comparison. For --moe-backend xmoe."""
+
+    xmoe_rope_fusion: Literal["auto", "off"] = "auto"
+    """Whether this project's kernel computes the rotary embedding, in one launch a tensor instead of twelve. 'auto'
+    takes it where Triton can run and Transformer Engine's is not used. Megatron's --no-rope-fusion means the latter
+    only (stock Megatron demands it without Transformer Engine, and for some models with it), so with it this kernel is
+    used. 'off' leaves Megatron's own function, for comparison. For --moe-backend xmoe."""
 
     xmoe_metrics: Literal["off", "summary", "layers"] = "summary"
     """Figures about the experts in Megatron's log, every --log-interval iterations. 'summary' puts the balance of the

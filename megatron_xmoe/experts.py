@@ -84,6 +84,7 @@ class XMoEGroupedMLP(MegatronModule):
         """
         super().__init__(config=config)
         self.xmoe = xmoe or XMoEConfig(moe_backend="xmoe")
+        # our scripts turn "auto" into "on"; a layer built without them does what its config says of the others
         fusion = {"auto": config.gradient_accumulation_fusion, "on": True, "off": False}
         self.into_main_grad = fusion[self.xmoe.xmoe_gradient_accumulation_fusion]
         shards = pg_collection.expt_tp.size()

@@ -130,7 +130,7 @@ CASES = {
         stock=AUX,
     ),
     "gradients added by the products": Case(
-        f"{AUX} --no-gradient-accumulation-fusion --xmoe-gradient-accumulation-fusion on --overlap-grad-reduce",
+        f"{AUX} --xmoe-gradient-accumulation-fusion on --overlap-grad-reduce",
         stock=AUX,
     ),
     "gradients added by the hooks": Case(f"{AUX} --xmoe-gradient-accumulation-fusion off", stock=AUX, slow=True),

@@ -56,7 +56,6 @@ def adjust(args: argparse.Namespace, given: set[str], on_cpu: bool) -> list[str]
         UsageError: the user asked for something that cannot work here.
     """
     changes = Adjustments(args, given)
-    args.xmoe_rope_fusion = False
     if not _optional.transformer_engine().usable:
         _without_transformer_engine(changes)
     if on_cpu:
@@ -82,9 +81,7 @@ def _without_transformer_engine(changes: Adjustments) -> None:
         )
     if args.attention_backend == AttnBackend.fused:
         raise UsageError(f"--attention-backend fused needs Transformer Engine ({why}): use auto, flash or unfused")
-    # Megatron's switch means Transformer Engine's function; ours lies beneath it (platform/rotary.py)
-    args.xmoe_rope_fusion = args.apply_rope_fusion
-    args.apply_rope_fusion = False
+    args.apply_rope_fusion = False  # it means Transformer Engine's function; the start-up block's line is `rotary`
     if _optional.apex_layer_norm().usable:
         return
     why += f", Apex: {_optional.apex_layer_norm().reason}"
@@ -153,9 +150,8 @@ def _for_experts(changes: Adjustments) -> None:
     if why:
         changes.set("add_bias_linear", False, "--disable-bias-linear", why)
     if args.moe_backend == "xmoe" and args.xmoe_gradient_accumulation_fusion == "auto":
-        # Megatron's own switch was just switched off where Apex is missing, which X-MoE's experts do without
-        switched_off = "gradient_accumulation_fusion" in given and not args.gradient_accumulation_fusion
-        args.xmoe_gradient_accumulation_fusion = "off" if switched_off else "on"
+        # Megatron's own switch is about Apex, which X-MoE's experts do without: stock commands must switch it off
+        args.xmoe_gradient_accumulation_fusion = "on"
 
 
 def _why_no_biases(args: argparse.Namespace) -> str:

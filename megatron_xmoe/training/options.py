@@ -19,7 +19,7 @@ OF_OUR_LAYER = frozenset(
     xmoe_min_capacity xmoe_combine_weights xmoe_group_score xmoe_ranks_per_node
     xmoe_dispatcher xmoe_pilot xmoe_rbd_overlap xmoe_guard_empty_alltoall
     xmoe_sequence_shard xmoe_shared_expert
-    xmoe_grouped_gemm xmoe_recompute_activation xmoe_gradient_accumulation_fusion xmoe_router_fusion
+    xmoe_grouped_gemm xmoe_recompute_activation xmoe_gradient_accumulation_fusion xmoe_router_fusion xmoe_rope_fusion
     xmoe_metrics xmoe_profile_breakdown
     """.split()
 )

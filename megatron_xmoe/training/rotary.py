@@ -21,13 +21,20 @@ def rotary_embedding(args: argparse.Namespace) -> Rotary:
         return Rotary(False, "")
     if args.apply_rope_fusion:
         return Rotary(False, "fused by Transformer Engine")
+    why_not = _why_not_ours(args)
+    if why_not:
+        return Rotary(False, f"Megatron's unfused function ({why_not})")
+    return Rotary(True, "fused by Triton, one launch a tensor")
+
+
+def _why_not_ours(args: argparse.Namespace) -> str:
+    """Why this project's kernel is not used where Transformer Engine's is not, or ''."""
     if args.moe_backend != "xmoe":
-        return Rotary(False, "Megatron's unfused function (backend megatron)")
+        return "backend megatron"
+    if args.xmoe_rope_fusion == "off":
+        return "--xmoe-rope-fusion off"
     device_type = "cuda" if torch.cuda.is_available() else "cpu"
-    if args.xmoe_rope_fusion and triton_is_usable(device_type):
-        return Rotary(True, "fused by Triton, one launch a tensor")
+    if triton_is_usable(device_type):
+        return ""
     (triton,) = (found for found in candidates(device_type) if found.name == "triton")
-    reason = "--no-rope-fusion"
-    if args.xmoe_rope_fusion:
-        reason = "plain torch is pinned" if triton.usable else f"no Triton kernel: {triton.reason}"
-    return Rotary(False, f"Megatron's unfused function ({reason})")
+    return "plain torch is pinned" if triton.usable else f"no Triton kernel: {triton.reason}"

@@ -1,15 +1,20 @@
-"""What is set for the user around the experts: bias-dropout-add and rotary embedding."""
+"""What is set for the user around the experts: bias-dropout-add, added gradients and rotary embedding."""
 
+import os
+import subprocess
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
+from megatron_xmoe import _optional
 from megatron_xmoe.kernels import registry
 from megatron_xmoe.training import setup
 from megatron_xmoe.training.arguments import parse
 from megatron_xmoe.training.defaults import adjust
 from megatron_xmoe.training.rotary import Rotary, rotary_embedding
 
+ROOT = Path(__file__).resolve().parents[2]
 DROPOUT = "--no-bias-dropout-fusion"
 
 
@@ -49,7 +54,9 @@ def test_an_option_of_the_users_is_not_listed(monkeypatch):
         ("", True, "auto", True, "fused by Triton, one launch a tensor"),
         ("--rotary-interleaved", True, "triton", True, "fused by Triton"),
         ("--moe-backend megatron", True, "auto", False, "Megatron's unfused function (backend megatron)"),
-        ("--no-rope-fusion", True, "auto", False, "Megatron's unfused function (--no-rope-fusion)"),
+        # stock commands have it, because Megatron does not start without: it means Transformer Engine's function
+        ("--no-rope-fusion", True, "auto", True, "fused by Triton"),
+        ("--xmoe-rope-fusion off", True, "auto", False, "Megatron's unfused function (--xmoe-rope-fusion off)"),
         ("", True, "reference", False, "(plain torch is pinned)"),
         ("", False, "auto", False, "(no Triton kernel: a reason)"),
     ],
@@ -61,6 +68,50 @@ def test_which_rotary_embedding_is_used(monkeypatch, command, usable, pinned, ou
     assert args.apply_rope_fusion is False  # Megatron's switch means Transformer Engine's function
     found = rotary_embedding(args)
     assert found.ours is ours and text in found.text
+
+
+@pytest.mark.parametrize(
+    ("command", "ours", "text"),
+    [
+        ("", False, "fused by Transformer Engine"),
+        ("--xmoe-rope-fusion off", False, "fused by Transformer Engine"),
+        ("--no-rope-fusion", True, "fused by Triton"),
+        ("--no-rope-fusion --xmoe-rope-fusion off", False, "(--xmoe-rope-fusion off)"),
+        ("--no-rope-fusion --moe-backend megatron", False, "(backend megatron)"),
+    ],
+)
+def test_which_rotary_embedding_is_used_with_transformer_engine(monkeypatch, command, ours, text):
+    monkeypatch.setattr(registry, "_candidate", lambda name, device: registry.Candidate(name, True, ""))
+    monkeypatch.setattr(_optional, "transformer_engine", lambda: _optional.Availability("te", True, "2.0"))
+    args, _ = adjusted(monkeypatch, f"--position-embedding-type rope {command}")
+    assert args.apply_rope_fusion is ("--no-rope-fusion" not in command)
+    found = rotary_embedding(args)
+    assert found.ours is ours and text in found.text
+
+
+@pytest.mark.parametrize("of_megatron", ["", "--no-gradient-accumulation-fusion"])
+@pytest.mark.parametrize(("asked", "expected"), [("", "on"), ("auto", "on"), ("on", "on"), ("off", "off")])
+def test_experts_add_their_gradients_unless_they_are_told_not_to(monkeypatch, of_megatron, asked, expected):
+    """Stock commands switch Megatron's fusion off where Apex is missing; that is no word about X-MoE's."""
+    option = f"--xmoe-gradient-accumulation-fusion {asked}" if asked else ""
+    args, _ = adjusted(monkeypatch, f"{of_megatron} {option}")
+    assert args.xmoe_gradient_accumulation_fusion == expected
+
+
+def test_the_benchmark_of_both_backends_is_a_stock_command_with_our_kernels(monkeypatch, tmp_path):
+    """What tools/benchmark_pretrain.sh starts, written down by a stand-in for Python."""
+    (tmp_path / "python").write_text('#!/bin/sh\ncase "$*" in *pretrain_xmoe.py*) echo "$@" >> "$WORDS";; esac\n')
+    (tmp_path / "python").chmod(0o755)
+    environment = os.environ | {"PYTHON": str(tmp_path / "python"), "WORDS": str(tmp_path / "words")}
+    subprocess.run(["bash", ROOT / "tools" / "benchmark_pretrain.sh", "--gpus", "4"], env=environment, check=True)
+    of_megatron, ours = [line.split(" pretrain_xmoe.py ")[1] for line in (tmp_path / "words").read_text().splitlines()]
+    assert of_megatron.replace("--moe-backend megatron", "--moe-backend xmoe") == ours != of_megatron
+    needed = "transformer-impl no-persist-layer-norm no-gradient-accumulation-fusion no-rope-fusion"
+    assert {f"--{name}" for name in f"{needed} no-masked-softmax-fusion".split()} < set(ours.split())
+    monkeypatch.setattr(registry, "_candidate", lambda name, device: registry.Candidate(name, True, ""))
+    args, lines = adjusted(monkeypatch, ours)
+    assert not [line for line in lines if "Transformer Engine" in line]  # all that it demands was given
+    assert args.xmoe_gradient_accumulation_fusion == "on" and rotary_embedding(args).ours
 
 
 def test_a_model_without_rotation_has_no_line(monkeypatch):

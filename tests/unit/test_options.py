@@ -246,6 +246,7 @@ def test_dropping_needs_a_capacity(option):
     [
         {"xmoe_min_capacity": 4},
         {"xmoe_router_fusion": "off"},
+        {"xmoe_rope_fusion": "off"},
         {"xmoe_combine_weights": "logits"},
         {"xmoe_group_score": "max"},
         {"xmoe_metrics": "layers"},
