@@ -20,7 +20,8 @@ from pathlib import Path
 from setuptools import setup
 
 ROOT = Path(__file__).resolve().parent
-SOURCES = ["bindings.cpp", "bindings_bypass.cpp", "facts.cpp", "cpu/rows.cpp", "cpu/routes.cpp", "cpu/bypass.cpp"]
+SOURCES = ["bindings.cpp", "bindings_bypass.cpp", "bindings_routes.cpp", "facts.cpp"]
+SOURCES += ["cpu/rows.cpp", "cpu/routes.cpp", "cpu/bypass.cpp"]
 CXX_FLAGS = ["-O3", "-g0", "-fopenmp", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-Wall"]
 CXX_FLAGS += ["-ffp-contract=off"]  # products are rounded before they are added, as in the other backends
 DEFAULT_ARCHS = {"CUDA": "8.0;9.0+PTX", "HIP": "gfx90a;gfx942"}

@@ -7,6 +7,7 @@
 
 #include <functional>
 
+#include "dtypes.h"
 #ifdef XMOE_WITH_GPU
 #include "runtime.h"
 #endif
@@ -27,6 +28,36 @@ inline void check(const char* name, const Tensor& x, int64_t dim, const Tensor& 
 }
 
 inline void require(const char* rule, bool kept) { TORCH_CHECK_VALUE(kept, rule); }
+
+inline Float float_type(const Tensor& x) {
+    switch (x.scalar_type()) {
+        case at::kFloat: return Float::f32;
+        case at::kBFloat16: return Float::bf16;
+        case at::kHalf: return Float::f16;
+        case at::kDouble: return Float::f64;
+        default:
+            TORCH_CHECK_VALUE(false, "dtype ", x.scalar_type(), "; it must be float32, bfloat16, float16 or float64");
+    }
+}
+
+inline Index index_of(const Tensor& x) {
+    TORCH_CHECK_VALUE(x.scalar_type() == at::kInt || x.scalar_type() == at::kLong, "an index has dtype ",
+                      x.scalar_type(), "; it must be int32 or int64");
+    return {x.const_data_ptr(), x.scalar_type() == at::kInt ? Int::i32 : Int::i64};
+}
+
+// On the CPU a wrong index is an error; on a GPU it would cost a synchronisation.
+inline void check_below(const Tensor& index, int64_t count, const char* of = "row") {
+    if (!index.is_cpu()) return;
+    const auto largest = [&](auto* data) {
+        int64_t found = -1;
+        for (int64_t i = 0; i < index.numel(); ++i) found = data[i] > found ? int64_t(data[i]) : found;
+        return found;
+    };
+    const int64_t found = index.scalar_type() == at::kInt ? largest(index.const_data_ptr<int32_t>())
+                                                          : largest(index.const_data_ptr<int64_t>());
+    TORCH_CHECK_INDEX(found < count, "index ", found, " is out of range for ", count, " ", of, "(s)");
+}
 
 // Calls cpu() or, for a GPU's tensors, gpu(stream).
 template <typename Cpu, typename Gpu>

@@ -13,6 +13,11 @@ struct Routes {
     int32_t* inverse;            // [T, K] position of each choice in the arrays above, -1 where it was dropped
 };
 
+struct Choices {
+    int32_t* ids;   // [T, K], filled up with -1
+    void* weights;  // [T, K] in the type of probs, filled up with 0
+};
+
 // Bytes of scratch memory that build_routes needs on a GPU.
 int64_t routes_scratch_bytes(int64_t T, int64_t K, int64_t E, bool by_weight);
 
@@ -28,9 +33,16 @@ void build_routes(Index ids, const void* weights, Float weight_type, int64_t T, 
                   bool by_weight, Routes routes, void* scratch, Stream stream);
 // Nothing is written when T*K is 0: the caller clears tokens_per_expert then.
 
-// The first K experts of each row of a boolean map [T, E], ascending: ids [T, K] int32, filled up with -1.
+// The first K experts of each row of a boolean map [T, E], ascending, and their probs [T, E].
 template <typename Stream>
-void map_to_ids(const bool* map, int32_t* ids, int64_t T, int64_t K, int64_t E, Stream stream);
+void choices_of_map(const bool* map, const void* probs, Float type, Choices choices, int64_t T, int64_t K, int64_t E,
+                    Stream stream);
+
+// The gradient [T, E] of probs: grad[inverse[t, k]] at ids[t, k], 0 elsewhere. ids [T, K] as choices_of_map gives them,
+// inverse [T, K] as build_routes does.
+template <typename Stream>
+void gradient_of_map(const void* grad, Float type, const int32_t* inverse, const int32_t* ids, void* result, int64_t T,
+                     int64_t K, int64_t E, Stream stream);
 
 // Rows that arrive ordered (source, expert) and are wanted as (expert, source): counts [G, E] int64 with sum M.
 //   to_expert_order[p] = arrival position of the row at expert-major position p; to_arrival_order is its inverse. [M]

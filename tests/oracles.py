@@ -53,6 +53,16 @@ def choices_of_map(routing_map: Tensor, topk: int) -> list[list[int]]:
     return [experts + [-1] * (topk - len(experts)) for experts in chosen]
 
 
+def gradient_of_map(grad: Tensor, inverse: Tensor, ids: Tensor, num_experts: int) -> Tensor:
+    """[T, E]: the entry of `grad` [N] that `inverse` [T, K] names for each choice of `ids` [T, K], zeros elsewhere."""
+    result = torch.zeros(len(ids), num_experts, dtype=grad.dtype)
+    for t, (places, experts) in enumerate(zip(inverse.tolist(), ids.tolist(), strict=True)):
+        for place, expert in zip(places, experts, strict=True):
+            if place >= 0:
+                result[t, expert] = grad[place]
+    return result
+
+
 def gather(x: Tensor, index: Tensor) -> Tensor:
     """Rows of `x` [R, H] at `index` [M], zeros for -1."""
     zeros = torch.zeros(x.shape[1], dtype=x.dtype)

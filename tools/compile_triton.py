@@ -30,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works without an
 
 from megatron_xmoe.kernels import triton_activation as activation  # noqa: E402
 from megatron_xmoe.kernels import triton_balance as balance  # noqa: E402
+from megatron_xmoe.kernels import triton_choices as choices  # noqa: E402
 from megatron_xmoe.kernels import triton_grouped_gemm as gemm  # noqa: E402
 from megatron_xmoe.kernels import triton_rotary as rotary  # noqa: E402
 from megatron_xmoe.kernels import triton_router as router  # noqa: E402
@@ -132,7 +133,9 @@ def route_calls() -> None:
         ids, weights = empty(tokens, per_token, dtype=index_type), empty(tokens, per_token, dtype=dtype)
         for capacity, by_weight in ((-1, False), (64, False), (64, True)):
             routes.build_routes(ids, weights, experts, capacity, by_weight)
-        routes.map_to_ids(empty(tokens, experts, dtype=torch.bool), per_token)
+        probs, inverse = empty(tokens, experts, dtype=dtype), empty(tokens, per_token, dtype=torch.int32)
+        choices.choices_of_map(empty(tokens, experts, dtype=torch.bool), probs, per_token)
+        choices.gradient_of_map(weights.view(-1), inverse, inverse, experts)
     for sources, experts in ((8, 16), (64, 4), (1, 1), (3, 1000)):
         routes.merge_order(empty(sources, experts, dtype=torch.int64), 10_000)
 

@@ -134,38 +134,73 @@ bool build(const I* ids, const W* weights, int64_t T, int64_t K, int64_t E, int6
     return true;
 }
 
+// Calls f with a value of the C++ type that `type` names.
+template <typename F>
+auto with_float(Float type, F&& f) {
+    switch (type) {
+        case Float::f32: return f(float{});
+        case Float::bf16: return f(BFloat16{});
+        case Float::f16: return f(Half{});
+        default: return f(double{});
+    }
+}
+
+// Tokens with rows of E elements that a thread takes at least.
+int64_t tokens_of_thread(int64_t E) { return 1 + 16384 / (E + 1); }
+
 }  // namespace
 
 bool build_routes(Index ids, const void* weights, Float weight_type, int64_t T, int64_t K, int64_t E, int64_t capacity,
                   bool by_weight, Routes routes, Parallel parallel) {
-    const auto with_weight = [&](auto weight) {
+    return with_float(weight_type, [&](auto weight) {
         const auto* typed = static_cast<const decltype(weight)*>(weights);
         if (ids.type == Int::i32)
             return build(static_cast<const int32_t*>(ids.data), typed, T, K, E, capacity, by_weight, routes, parallel);
         return build(static_cast<const int64_t*>(ids.data), typed, T, K, E, capacity, by_weight, routes, parallel);
-    };
-    switch (weight_type) {
-        case Float::f32: return with_weight(float{});
-        case Float::bf16: return with_weight(BFloat16{});
-        case Float::f16: return with_weight(Half{});
-        default: return with_weight(double{});
-    }
+    });
 }
 
-void map_to_ids(const bool* map, int32_t* ids, int64_t T, int64_t K, int64_t E, Parallel parallel) {
-    parallel(T, 1 + 16384 / (E + 1), [=](int64_t begin, int64_t end) {
-        for (int64_t t = begin; t < end; ++t) {
-            const bool *row = map + t * E, *from = row;
-            for (int64_t k = 0; k < K; ++k) {
-                const void* found = std::memchr(from, 1, row + E - from);
-                if (!found) {
-                    std::fill(ids + t * K + k, ids + (t + 1) * K, -1);
-                    break;
+void choices_of_map(const bool* map, const void* probs, Float type, Choices choices, int64_t T, int64_t K, int64_t E,
+                    Parallel parallel) {
+    with_float(type, [&](auto weight) {
+        using W = decltype(weight);
+        const W* in = static_cast<const W*>(probs);
+        int32_t* ids = choices.ids;
+        W* weights = static_cast<W*>(choices.weights);
+        parallel(T, tokens_of_thread(E), [=](int64_t begin, int64_t end) {
+            for (int64_t t = begin; t < end; ++t) {
+                const bool *row = map + t * E, *from = row;
+                for (int64_t k = 0; k < K; ++k) {
+                    const void* found = std::memchr(from, 1, row + E - from);
+                    if (!found) {
+                        std::fill(ids + t * K + k, ids + (t + 1) * K, -1);
+                        std::fill(weights + t * K + k, weights + (t + 1) * K, W{});
+                        break;
+                    }
+                    from = static_cast<const bool*>(found) + 1;
+                    const int64_t e = from - 1 - row;
+                    ids[t * K + k] = int32_t(e);
+                    weights[t * K + k] = in[t * E + e];
                 }
-                from = static_cast<const bool*>(found) + 1;
-                ids[t * K + k] = int32_t(from - 1 - row);
             }
-        }
+        });
+    });
+}
+
+void gradient_of_map(const void* grad, Float type, const int32_t* inverse, const int32_t* ids, void* result, int64_t T,
+                     int64_t K, int64_t E, Parallel parallel) {
+    with_float(type, [&](auto weight) {
+        using W = decltype(weight);
+        const W* in = static_cast<const W*>(grad);
+        W* out = static_cast<W*>(result);
+        parallel(T, tokens_of_thread(E), [=](int64_t begin, int64_t end) {
+            for (int64_t t = begin; t < end; ++t) {
+                W* row = out + t * E;
+                std::fill(row, row + E, W{});
+                for (int64_t route = t * K; route < (t + 1) * K; ++route)
+                    if (inverse[route] >= 0 && ids[route] >= 0) row[ids[route]] = in[inverse[route]];
+            }
+        });
     });
 }
 

@@ -23,10 +23,16 @@ def build_routes(
     return torch.ops.megatron_xmoe.build_routes(ids, weights, num_experts, capacity, by_weight)
 
 
-def map_to_ids(routing_map: Tensor, topk: int) -> Tensor:
-    """See `kernels.reference.map_to_ids`."""
+def choices_of_map(routing_map: Tensor, probs: Tensor, topk: int) -> tuple[Tensor, Tensor]:
+    """See `kernels.reference.choices_of_map`."""
     _register()
-    return torch.ops.megatron_xmoe.map_to_ids(routing_map, topk)
+    return torch.ops.megatron_xmoe.choices_of_map(routing_map, probs, topk)
+
+
+def gradient_of_map(grad: Tensor, inverse: Tensor, ids: Tensor, num_experts: int) -> Tensor:
+    """See `kernels.reference.gradient_of_map`."""
+    _register()
+    return torch.ops.megatron_xmoe.gradient_of_map(grad, inverse, ids, num_experts)
 
 
 def merge_order(counts: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
@@ -96,8 +102,13 @@ def _fake_build_routes(ids, weights, num_experts, capacity, by_weight):
     return flat, torch.empty_like(flat), counts, combine_weights, ids.new_empty(ids.shape, dtype=torch.int32)
 
 
-def _fake_map_to_ids(routing_map, topk):
-    return routing_map.new_empty(routing_map.shape[0], topk, dtype=torch.int32)
+def _fake_choices_of_map(routing_map, probs, topk):
+    tokens = routing_map.shape[0]
+    return routing_map.new_empty(tokens, topk, dtype=torch.int32), probs.new_empty(tokens, topk)
+
+
+def _fake_gradient_of_map(grad, inverse, ids, num_experts):
+    return grad.new_empty(ids.shape[0], num_experts)
 
 
 def _fake_merge_order(counts, num_rows):
@@ -125,7 +136,8 @@ def _fake_dot_rows(y, index, x):
 _OPERATORS = {
     "build_routes(Tensor ids, Tensor weights, SymInt num_experts, SymInt capacity, bool by_weight)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)": _fake_build_routes,
-    "map_to_ids(Tensor routing_map, SymInt topk) -> Tensor": _fake_map_to_ids,
+    "choices_of_map(Tensor routing_map, Tensor probs, SymInt topk) -> (Tensor, Tensor)": _fake_choices_of_map,
+    "gradient_of_map(Tensor grad, Tensor inverse, Tensor ids, SymInt num_experts) -> Tensor": _fake_gradient_of_map,
     "merge_order(Tensor counts, SymInt num_rows) -> (Tensor, Tensor)": _fake_merge_order,
     "gather_rows(Tensor x, Tensor index) -> Tensor": _fake_gather_rows,
     "spread_rows(Tensor x, Tensor index, Tensor owners, Tensor? weights, Tensor? y) -> (Tensor, Tensor)": (

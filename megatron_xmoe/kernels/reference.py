@@ -57,10 +57,28 @@ def build_routes(
     )
 
 
-def map_to_ids(routing_map: Tensor, topk: int) -> Tensor:
-    """The first `topk` experts of each row of a boolean map [T, E], ascending: [T, topk] int32, filled up with -1."""
+def choices_of_map(routing_map: Tensor, probs: Tensor, topk: int) -> tuple[Tensor, Tensor]:
+    """The first K = `topk` experts of each row of a map, ascending, and their probs.
+
+    Args: routing_map [T, E] bool. probs [T, E]. topk: at most E.
+
+    Returns:
+        ids [T, K] int32, filled up with -1; weights [T, K] in probs' dtype, filled up with 0.
+    """
     chosen, ids = torch.sort(routing_map.to(torch.int8), dim=1, descending=True, stable=True)
-    return torch.where(chosen[:, :topk].bool(), ids[:, :topk], -1).to(torch.int32)
+    chosen, ids = chosen[:, :topk].bool(), ids[:, :topk]
+    return torch.where(chosen, ids, -1).to(torch.int32), torch.where(chosen, probs.gather(1, ids), 0)
+
+
+def gradient_of_map(grad: Tensor, inverse: Tensor, ids: Tensor, num_experts: int) -> Tensor:
+    """The gradient of probs [T, E]: result[t, ids[t, k]] = grad[inverse[t, k]], 0 elsewhere.
+
+    Args: grad [N], of the routes' weights. inverse [T, K] int32 as build_routes gives it, ids [T, K] int32 as
+    choices_of_map does. num_experts: E.
+    """
+    of_choices = gather_rows(grad.unsqueeze(1), inverse.reshape(-1)).view(inverse.shape)
+    result = grad.new_zeros(ids.shape[0], num_experts + 1)  # the last column takes the choices not made
+    return result.scatter_(1, torch.where(ids < 0, num_experts, ids).to(torch.int64), of_choices)[:, :-1].contiguous()
 
 
 def merge_order(counts: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:

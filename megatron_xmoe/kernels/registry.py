@@ -21,7 +21,7 @@ FASTER = {"sum_rows": "triton"}
 """Operations that another backend does faster than the first on NVIDIA GPUs (one H200, docs/benchmarks.md)."""
 _MODULES = {
     "cpp": ("cpp", "cpp_bypass"),
-    "triton": ("triton_routes", "triton_rows", "reference_bypass"),
+    "triton": ("triton_choices", "triton_routes", "triton_rows", "reference_bypass"),
     "reference": ("reference", "reference_bypass"),
 }
 

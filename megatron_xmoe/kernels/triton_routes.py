@@ -64,20 +64,6 @@ def build_routes(
     return results
 
 
-def map_to_ids(routing_map: Tensor, topk: int) -> Tensor:
-    """The first `topk` experts of each row of a boolean map [T, E], ascending: [T, topk] int32, filled up with -1."""
-    tokens, experts = routing_map.shape
-    ids = torch.empty(tokens, topk, dtype=torch.int32, device=routing_map.device)
-    if ids.numel() == 0:
-        return ids
-    tile = map_tile(experts)
-    with on(routing_map):
-        map_kernel[(ceil_div(tokens, tile["TOKENS"]),)](
-            routing_map.view(torch.uint8), ids, tokens, K=topk, E=experts, SLOTS=power_of_two(topk), **tile
-        )
-    return ids
-
-
 def merge_order(counts: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
     """Between the order (source, expert), in which rows arrive, and (expert, source).
 
@@ -148,12 +134,6 @@ def places_tile(count: int, experts: int) -> dict[str, int]:
 def select_tile(experts: int) -> dict[str, int]:
     """Launch parameters of select_kernel."""
     return {"BINS": _bins(experts), "BLOCK": SEGMENT, "num_warps": 4}
-
-
-def map_tile(experts: int) -> dict[str, int]:
-    """Launch parameters of map_kernel."""
-    block = min(power_of_two(experts), 1024)
-    return {"BLOCK": block, "TOKENS": max(1, TILE // 2 // block), "num_warps": 4}
 
 
 def merge_tile(experts: int) -> dict[str, int]:
@@ -227,28 +207,6 @@ def places_kernel(
         else:
             tl.store(order + place, i, mask=keep)
             tl.store(keys + place, key_of(weight), mask=keep)
-
-
-@triton.jit(do_not_specialize=["tokens"])
-def map_kernel(
-    chosen, ids, tokens,
-    K: tl.constexpr, E: tl.constexpr, SLOTS: tl.constexpr, BLOCK: tl.constexpr, TOKENS: tl.constexpr,
-):  # fmt: skip
-    """TOKENS rows of the map, BLOCK experts at a time."""
-    token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
-    row = token.to(tl.int64)[:, None]
-    found = tl.zeros([TOKENS], dtype=tl.int32)
-    for start in range(0, E, BLOCK):
-        expert = start + tl.arange(0, BLOCK)
-        mask = (token < tokens)[:, None] & (expert < E)[None, :]
-        is_chosen = (tl.load(chosen + row * E + expert[None, :], mask=mask, other=0) != 0).to(tl.int32)
-        slot = found[:, None] + tl.cumsum(is_chosen, axis=1) - is_chosen
-        experts = tl.broadcast_to(expert[None, :], [TOKENS, BLOCK])
-        tl.store(ids + row * K + slot, experts, mask=(is_chosen > 0) & (slot < K))
-        found += tl.sum(is_chosen, axis=1)
-    slot = tl.arange(0, SLOTS)[None, :]
-    mask = (token < tokens)[:, None] & (slot >= found[:, None]) & (slot < K)
-    tl.store(ids + row * K + slot, tl.full([TOKENS, SLOTS], -1, tl.int32), mask=mask)
 
 
 @triton.jit(do_not_specialize=["splits"])

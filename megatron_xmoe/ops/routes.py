@@ -62,21 +62,12 @@ def build_routes(
         raise ValueError(
             f"topk_ids {tuple(topk_ids.shape)} and topk_weights {tuple(topk_weights.shape)} must both be [T, K]"
         )
-    if topk_ids.dtype not in (torch.int32, torch.int64) or not topk_weights.is_floating_point():
-        raise ValueError(
-            f"topk_ids are {topk_ids.dtype} and topk_weights {topk_weights.dtype}; they must be int32 or int64, "
-            "and floating point"
-        )
+    if topk_ids.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"topk_ids are {topk_ids.dtype}; they must be int32 or int64")
     if num_experts < 1:
         raise ValueError(f"num_experts is {num_experts}; a layer needs at least one expert")
-    if capacity is not None and capacity < 0:
-        raise ValueError(f"capacity is {capacity}; it must be 0 or more, or None to keep all routes")
-    if policy not in ("probs", "position"):
-        raise ValueError(f"policy is {policy!r}; it must be 'probs' or 'position'")
-    if topk_ids.numel() > MOST_ROUTES:
-        raise ValueError(f"{topk_ids.numel()} routes; a rank can have at most {MOST_ROUTES}: use smaller micro-batches")
-    limit, by_weight = -1 if capacity is None else capacity, policy == "probs"
-    return Routes(*_BuildRoutes.apply(topk_ids.contiguous(), topk_weights.contiguous(), num_experts, limit, by_weight))
+    dropping = _dropping(topk_ids.numel(), topk_weights, capacity, policy)
+    return Routes(*_BuildRoutes.apply(topk_ids.contiguous(), topk_weights.contiguous(), num_experts, *dropping))
 
 
 def build_routes_from_map(
@@ -95,11 +86,11 @@ def build_routes_from_map(
     """
     if routing_map.dim() != 2 or routing_map.shape != probs.shape:
         raise ValueError(f"routing_map {tuple(routing_map.shape)} and probs {tuple(probs.shape)} must both be [T, E]")
-    num_experts = routing_map.shape[1]
+    tokens, num_experts = routing_map.shape
     if not 1 <= topk <= num_experts:
         raise ValueError(f"topk is {topk}; it must be between 1 and the number of experts, {num_experts}")
-    ids = kernel("map_to_ids", probs.device.type)(routing_map.bool().contiguous(), topk)
-    return build_routes(ids, probs.gather(1, ids.clamp_min(0).to(torch.int64)), num_experts, capacity, policy)
+    dropping = _dropping(tokens * topk, probs, capacity, policy)
+    return Routes(*_RoutesOfMap.apply(routing_map.bool().contiguous(), probs.contiguous(), topk, *dropping))
 
 
 def merge_order(counts: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
@@ -115,17 +106,34 @@ def merge_order(counts: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
     return kernel("merge_order", counts.device.type)(counts.contiguous(), num_rows)
 
 
+def _dropping(num_routes: int, weights: Tensor, capacity: int | None, policy: Policy) -> tuple[int, bool]:
+    """Checks what all routes have in common; the kernel's capacity, -1 for none, and whether weights decide."""
+    if not weights.is_floating_point():
+        raise ValueError(f"routing weights are {weights.dtype}; they must be floating point")
+    if capacity is not None and capacity < 0:
+        raise ValueError(f"capacity is {capacity}; it must be 0 or more, or None to keep all routes")
+    if policy not in ("probs", "position"):
+        raise ValueError(f"policy is {policy!r}; it must be 'probs' or 'position'")
+    if num_routes > MOST_ROUTES:
+        raise ValueError(f"{num_routes} routes; a rank can have at most {MOST_ROUTES}: use smaller micro-batches")
+    return -1 if capacity is None else capacity, policy == "probs"
+
+
+def _sorted(ctx, ids: Tensor, weights: Tensor, num_experts: int, capacity: int, by_weight: bool) -> tuple[Tensor, ...]:
+    """The five arrays of Routes, in the forward pass of an autograd function whose results they are."""
+    arrays = kernel("build_routes", weights.device.type)(ids, weights, num_experts, capacity, by_weight)
+    token_ids, expert_ids, tokens_per_expert, _, inverse = arrays
+    ctx.mark_non_differentiable(token_ids, expert_ids, tokens_per_expert, inverse)
+    ctx.set_materialize_grads(False)  # it would fill zeros for four outputs that have no gradient
+    return arrays
+
+
 class _BuildRoutes(torch.autograd.Function):
     @staticmethod
     def forward(ctx, ids, weights, num_experts, capacity, by_weight):
-        build = kernel("build_routes", weights.device.type)
-        token_ids, expert_ids, tokens_per_expert, combine_weights, inverse = build(
-            ids, weights, num_experts, capacity, by_weight
-        )
-        ctx.save_for_backward(inverse)
-        ctx.mark_non_differentiable(token_ids, expert_ids, tokens_per_expert, inverse)
-        ctx.set_materialize_grads(False)  # it would fill zeros for four outputs that have no gradient
-        return token_ids, expert_ids, tokens_per_expert, combine_weights, inverse
+        arrays = _sorted(ctx, ids, weights, num_experts, capacity, by_weight)
+        ctx.save_for_backward(arrays[-1])
+        return arrays
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -135,3 +143,21 @@ class _BuildRoutes(torch.autograd.Function):
         (inverse,) = ctx.saved_tensors
         rows = kernel("gather_rows", grad.device.type)(grad.contiguous().unsqueeze(1), inverse.reshape(-1))
         return None, rows.view_as(inverse), None, None, None
+
+
+class _RoutesOfMap(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, routing_map, probs, topk, capacity, by_weight):
+        ctx.num_experts = probs.shape[1]
+        ids, weights = kernel("choices_of_map", probs.device.type)(routing_map, probs, topk)
+        arrays = _sorted(ctx, ids, weights, ctx.num_experts, capacity, by_weight)
+        ctx.save_for_backward(arrays[-1], ids)
+        return arrays
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, _tokens, _experts, _counts, grad, _inverse):
+        if grad is None:
+            return None, None, None, None, None
+        gradient_of_map = kernel("gradient_of_map", grad.device.type)
+        return None, gradient_of_map(grad.contiguous(), *ctx.saved_tensors, ctx.num_experts), None, None, None

@@ -86,14 +86,29 @@ def test_routes_of_random_weights_and_of_one_crowded_expert(backend):
             assert_same(found, expected)
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-def test_routes_from_a_map_and_merge_order(backend, shape):
-    T, K, E, _ = SHAPES[shape]
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("shape", [*SHAPES, "K = E = 200"])
+def test_choices_of_a_map_and_their_gradient(backend, shape, dtype):
+    T, K, E, _ = SHAPES.get(shape, (70, 200, 200, 0))
     ids, _ = choices(T, K, E)
     routing_map = torch.zeros(T, E + 1, dtype=torch.bool)
     routing_map.scatter_(1, torch.where(ids < 0, E, ids), True)
-    for found, expected in both(backend, "map_to_ids", routing_map[:, :E].contiguous(), K):
-        assert_same(found, expected)
+    routing_map, generator = routing_map[:, :E].contiguous(), torch.Generator().manual_seed(T)
+    probs = torch.randn(T, E, generator=generator).to(dtype)
+    for topk in {K, max(1, K - 1), 1}:
+        for found, expected in both(backend, "choices_of_map", routing_map, probs, topk):
+            assert_same(found, expected)
+        ids, weights = reference.choices_of_map(routing_map, probs, topk)
+        for capacity in (-1, 3):
+            inverse = reference.build_routes(ids, weights, E, capacity, True)[-1]
+            grad = torch.randn(ids.numel(), generator=generator).to(dtype)
+            ((found, expected),) = both(backend, "gradient_of_map", grad, inverse, ids, E)
+            assert_same(found, expected)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_merge_order(backend, shape):
+    T, _, E, _ = SHAPES[shape]
     counts = torch.randint(0, 40, (E, 1) if E > 512 else (4, E), generator=torch.Generator().manual_seed(T))
     counts[counts < 20] = 0
     for found, expected in both(backend, "merge_order", counts, int(counts.sum())):

@@ -9,12 +9,15 @@ from pathlib import Path
 import oracles
 import pytest
 import torch
+from map_cases import random_map, random_places
 from tolerances import assert_close, assert_same
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_xmoe import _optional
 from megatron_xmoe.kernels import cpp
 from megatron_xmoe.kernels.reference import accumulator
+from megatron_xmoe.ops import build_routes_from_map
 
 _FOUND = _optional.extension("cpu")
 pytestmark = pytest.mark.skipif(not _FOUND.usable, reason=f"megatron_xmoe._C: {_FOUND.reason}")
@@ -22,6 +25,8 @@ pytestmark = pytest.mark.skipif(not _FOUND.usable, reason=f"megatron_xmoe._C: {_
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 INDEX_DTYPES = [torch.int32, torch.int64]
 TOLERANCE = {torch.float16: torch.bfloat16}  # compared with the tolerance of another type
+# tokens, experts, choices
+MAPS = [(50, 20, 3), (0, 4, 2), (5, 4, 0), (5, 4, 4), (9, 1, 1), (300, 300, 8), (40, 70, 70)]
 # past blocks of 2048 columns, around vectors of 64 bytes, and what a streaming store needs
 WIDTHS = [0, 1, 7, 16, 33, 128, 1023, 2048, 2049, 4500]
 
@@ -282,11 +287,25 @@ def test_build_routes_over_several_chunks(policy, threads):
         assert_same(actual, expected)
 
 
-@pytest.mark.parametrize(("T", "K", "E"), [(50, 3, 20), (0, 2, 4), (5, 0, 4), (5, 4, 4), (5, 6, 4), (5, 2, 0)], ids=str)
-def test_map_to_ids(T, K, E, threads):
-    routing_map = torch.rand(T, E, generator=torch.Generator().manual_seed(T)) < 0.15
-    expected = [row[:K] for row in oracles.choices_of_map(routing_map, K)]
-    assert_same(cpp.map_to_ids(routing_map, K), torch.tensor(expected, dtype=torch.int32).view(T, K))
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", MAPS, ids=str)
+def test_choices_of_map(shape, dtype, threads):
+    routing_map, expected = random_map(*shape)
+    probs = random(*routing_map.shape, dtype=dtype)
+    ids, weights = cpp.choices_of_map(shifted(routing_map), shifted(probs), shape[2])
+    assert_same(ids, expected)
+    assert_same(weights, torch.where(ids < 0, 0, probs.gather(1, ids.clamp_min(0).long())))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", MAPS, ids=str)
+def test_gradient_of_map(shape, dtype, threads):
+    ids = random_map(*shape)[1]
+    inverse = random_places(ids)
+    named = inverse[inverse >= 0].long()
+    grad = torch.full((ids.numel(),), torch.nan, dtype=dtype).index_copy(0, named, random(len(named), dtype=dtype))
+    found = cpp.gradient_of_map(shifted(grad), shifted(inverse), shifted(ids), shape[1])
+    assert_same(found, oracles.gradient_of_map(grad, inverse, ids, shape[1]))
 
 
 @pytest.mark.parametrize("counts", [[[2, 0, 3], [1, 4, 0]], [[5]], [[0, 0]], [[1], [2], [0]], [[3, 2, 0, 1]]], ids=str)
@@ -329,6 +348,7 @@ def test_results_do_not_depend_on_the_number_of_threads():
 
 
 I32 = torch.int32
+MAP = torch.ones(2, 3, dtype=torch.bool)
 BAD: dict[str, tuple[Callable, type[Exception], str]] = {
     "index too large": (lambda: cpp.gather_rows(random(3, 4), torch.tensor([3])), IndexError, "index 3 .* 3 row"),
     "no rows": (lambda: cpp.gather_rows(random(0, 4), torch.tensor([0])), IndexError, "0 row"),
@@ -361,6 +381,21 @@ BAD: dict[str, tuple[Callable, type[Exception], str]] = {
     ),
     "another length": (lambda: cpp.dot_rows(random(3, 4), torch.tensor([[0]]), random(2, 4)), ValueError, "x must"),
     "counts": (lambda: cpp.merge_order(torch.tensor([[1, 2]]), 4), ValueError, "sum to 3"),
+    "map of numbers": (lambda: cpp.choices_of_map(random(2, 3), random(2, 3), 1), ValueError, "must be bool"),
+    "map and probs": (lambda: cpp.choices_of_map(MAP, random(2, 4), 1), ValueError, "same shape"),
+    "more choices than experts": (lambda: cpp.choices_of_map(MAP, random(2, 3), 4), ValueError, "K is 4.* experts, 3"),
+    "integer probs": (lambda: cpp.choices_of_map(MAP, torch.ones(2, 3, dtype=I32), 1), ValueError, "float32"),
+    "long places": (
+        lambda: cpp.gradient_of_map(random(2), *(torch.zeros(2, 1, dtype=torch.int64),) * 2, 3), ValueError, "int32"
+    ),
+    "a place too large": (
+        lambda: cpp.gradient_of_map(random(1), torch.ones(1, 1, dtype=I32), torch.zeros(1, 1, dtype=I32), 3),
+        IndexError, r"index 1 .* 1 route",
+    ),
+    "a choice too large": (
+        lambda: cpp.gradient_of_map(random(1), torch.zeros(1, 1, dtype=I32), torch.full((1, 1), 3, dtype=I32), 3),
+        IndexError, r"index 3 .* 3 expert",
+    ),
     "negative counts": (lambda: cpp.merge_order(torch.tensor([[-1, 5]]), 4), ValueError, "negative"),
 }
 
@@ -374,7 +409,8 @@ def test_bad_arguments_are_refused(name):
 
 OPERATOR_ARGUMENTS = {
     "build_routes": (choices(10, 3, 4), random(10, 3), 4, 2, True),
-    "map_to_ids": (choices(10, 3, 4) > 0, 2),
+    "choices_of_map": (choices(10, 3, 4) > 0, random(10, 3, dtype=torch.bfloat16), 2),
+    "gradient_of_map": (random(20, dtype=torch.float64), *(choices(10, 2, 4).to(I32),) * 2, 4),
     "merge_order": (torch.tensor([[2, 0], [1, 3]]), 6),
     "gather_rows": (random(5, 8), torch.tensor([4, -1, 0])),
     "spread_rows": (
@@ -406,6 +442,26 @@ def test_meta_tensors_and_compilation():
     assert cpp.gather_rows(x.to("meta"), index.to("meta")).shape == (3, 8)
     compiled = torch.compile(lambda x, index: cpp.gather_rows(x + 1, index) * 2, fullgraph=True, backend="aot_eager")
     assert_same(compiled(x, index), oracles.gather(x + 1, index) * 2)
+
+
+def test_routes_from_a_map_are_few_operations(monkeypatch):
+    """On a GPU each is one launch or a few, which the host has to make before the counts can be exchanged."""
+    monkeypatch.setenv("XMOE_KERNELS", "cpp")
+    called = []
+
+    class Operations(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            called.append(function.name())
+            return function(*args, **kwargs or {})
+
+    routing_map, _ = random_map(12, 6, 3)
+    probs, grad = random(12, 6).requires_grad_(), random(36)
+    with Operations():
+        weights = build_routes_from_map(routing_map, probs, 3, 2).combine_weights
+        assert called == ["megatron_xmoe::choices_of_map", "megatron_xmoe::build_routes"]
+        called.clear()
+        torch.autograd.grad(weights, probs, grad)
+    assert called == ["megatron_xmoe::gradient_of_map"]
 
 
 @pytest.mark.parametrize("most", ["SSE2", "AVX2"])

@@ -5,6 +5,7 @@ import functools
 import oracles
 import pytest
 import torch
+from map_cases import random_map
 from tolerances import assert_close, assert_same
 
 from megatron_xmoe.kernels.registry import candidates
@@ -165,6 +166,70 @@ def test_routes_from_a_map(name, unstable_sort):
     by_hand = torch.zeros_like(probs)
     by_hand[expected.token_ids, expected.expert_ids] = grad
     assert_same(found, by_hand)
+
+
+def chosen_by_torch(
+    routing_map: torch.Tensor, probs: torch.Tensor, topk: int, capacity: int | None, policy: str
+) -> torch.Tensor:
+    """combine_weights [T*K] by operations that torch differentiates: a gather at the routes that loops keep."""
+    tokens, num_experts = routing_map.shape
+    kept = []
+    for expert in range(num_experts):
+        found = [t for t, row in enumerate(oracles.choices_of_map(routing_map, topk)) if expert in row[:topk]]
+        if capacity is not None:
+            best = sorted(found, key=lambda t: -probs[t, expert].item()) if policy == "probs" else found
+            found = sorted(best[:capacity])
+        kept += [t * num_experts + expert for t in found]
+    weights = probs.reshape(-1).gather(0, torch.tensor(kept, dtype=torch.int64))
+    return torch.cat([weights, weights.new_zeros(tokens * topk - len(kept))])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    "dropping", [(None, "probs"), (0, "probs"), (3, "probs"), (3, "position"), (10**6, "position")], ids=str
+)
+@pytest.mark.parametrize("shape", [(20, 6, 2), (0, 4, 3), (7, 1, 1), (12, 5, 5), (30, 40, 7)], ids=str)
+def test_weights_from_a_map_and_the_gradient_of_probs(shape, dropping, dtype):
+    """Against autograd through a gather, bit for bit, with tokens that chose fewer and more than K experts or none."""
+    routing_map, _ = random_map(*shape)
+    probs = random(*routing_map.shape, dtype=dtype).requires_grad_()
+    expected = chosen_by_torch(routing_map, probs, shape[2], *dropping)
+    grad = random(*expected.shape, dtype=dtype, seed=1)
+    (expected_grad,) = torch.autograd.grad(expected, probs, grad)
+    routes = build_routes_from_map(routing_map, probs, shape[2], *dropping)
+    assert_same(routes.combine_weights, expected)
+    (found,) = torch.autograd.grad(routes.combine_weights, probs, grad)
+    assert_same(found, expected_grad)
+    assert (found[~routing_map] == 0).all()
+
+
+def test_a_map_in_any_form():
+    """Numbers for a map, and a map, probs and a gradient that are not contiguous."""
+    routing_map, _ = random_map(12, 6, 3)
+    probs, wide_grad = random(12, 6), random(36, 2, seed=1)
+    leaf = probs.clone().requires_grad_()
+    expected = build_routes_from_map(routing_map, leaf, 3, 2)
+    (expected_grad,) = torch.autograd.grad(expected.combine_weights, leaf, wide_grad[:, 1].contiguous())
+    maps = [routing_map.to(dtype) for dtype in (torch.int64, torch.uint8, torch.float32)]
+    for given in (*maps, -maps[0], routing_map.t().contiguous().t(), routing_map.repeat(1, 2)[:, :6]):
+        spread = probs.t().contiguous().t().requires_grad_()
+        assert not spread.is_contiguous()
+        found = build_routes_from_map(given, spread, 3, 2)
+        for name in ("token_ids", "expert_ids", "tokens_per_expert", "combine_weights", "inverse"):
+            assert_same(getattr(found, name), getattr(expected, name))
+        (grad,) = torch.autograd.grad(found.combine_weights, spread, wide_grad[:, 1])
+        assert_same(grad, expected_grad)
+
+
+@pytest.mark.parametrize("dropping", [(None, "probs"), (3, "probs"), (3, "position")], ids=str)
+def test_gradcheck_routes_from_a_map(dropping):
+    routing_map, _ = random_map(9, 5, 3)
+    probs = random(9, 5, dtype=torch.float64).requires_grad_()
+
+    def weights(probs):
+        return build_routes_from_map(routing_map, probs, 3, *dropping).combine_weights
+
+    assert torch.autograd.gradcheck(weights, [probs])
 
 
 def test_routes_take_memory_in_proportion_to_their_number():
@@ -423,6 +488,22 @@ BAD_CALLS = {
     "topk of 0": (
         lambda: build_routes_from_map(torch.ones(2, 3, dtype=torch.bool), torch.ones(2, 3), 0),
         "is 0",
+    ),
+    "integer weights": (
+        lambda: build_routes(torch.zeros(2, 1, dtype=torch.int64), torch.ones(2, 1, dtype=torch.int32), 5),
+        "torch.int32",
+    ),
+    "integer probs": (
+        lambda: build_routes_from_map(torch.ones(2, 3, dtype=torch.bool), torch.ones(2, 3, dtype=torch.int32), 1),
+        "torch.int32",
+    ),
+    "negative capacity": (
+        lambda: build_routes_from_map(torch.ones(2, 3, dtype=torch.bool), torch.ones(2, 3), 1, -2),
+        "is -2",
+    ),
+    "unknown policy": (
+        lambda: build_routes_from_map(torch.ones(2, 3, dtype=torch.bool), torch.ones(2, 3), 1, 2, "best"),
+        "'best'",
     ),
     "topk above E": (
         lambda: build_routes_from_map(torch.ones(2, 3, dtype=torch.bool), torch.ones(2, 3), 4),

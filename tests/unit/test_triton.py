@@ -15,6 +15,7 @@ from unittest import mock
 import oracles
 import pytest
 import torch
+from map_cases import random_map, random_places
 from tolerances import assert_close, assert_same
 from torch import Tensor
 
@@ -128,14 +129,31 @@ def test_more_experts_than_registers_hold_are_refused(interpreted):
         interpreted("triton_routes", "merge_order", counts, 0)
 
 
-@pytest.mark.parametrize("shape", [(0, 3, 2), (4, 1, 1), (5, 3, 3), (40, 70, 5), (3, 4, 0), (3, 1100, 6)])
-def test_choices_of_a_map(interpreted, shape):
-    tokens, num_experts, topk = shape
-    generator = torch.Generator().manual_seed(0)
-    routing_map = torch.rand(tokens, num_experts, generator=generator) < max(topk, 1) / num_experts
-    expected = [row[:topk] for row in oracles.choices_of_map(routing_map, topk)]
-    found = interpreted("triton_routes", "map_to_ids", routing_map, topk)
-    assert_same(found, torch.tensor(expected, dtype=torch.int32).view(tokens, topk))
+# tokens, experts, choices
+MAPS = [(0, 3, 2), (4, 1, 1), (5, 3, 3), (40, 70, 5), (3, 4, 0), (3, 1100, 6), (9, 12, 12)]
+
+
+@pytest.mark.parametrize("constants", [{}, {"TILE": 64, "MOST_COLUMNS": 16}], ids=["one tile", "several tiles"])
+@pytest.mark.parametrize("shape", MAPS)
+def test_choices_of_a_map(interpreted, shape, constants):
+    routing_map, expected = random_map(*shape)
+    for dtype in DTYPES:
+        probs = random(*routing_map.shape, dtype=dtype)
+        given = routing_map, probs, shape[2]
+        ids, weights = interpreted("triton_choices", "choices_of_map", *given, constants=constants)
+        assert_same(ids, expected)
+        assert_same(weights, torch.where(ids < 0, 0, probs.gather(1, ids.clamp_min(0).long())))
+
+
+@pytest.mark.parametrize("constants", [{}, {"TILE": 64, "MOST_COLUMNS": 16}], ids=["one tile", "several tiles"])
+@pytest.mark.parametrize("shape", MAPS)
+def test_gradient_of_a_map(interpreted, shape, constants):
+    ids = random_map(*shape)[1]
+    inverse = random_places(ids)
+    for dtype in DTYPES:
+        grad = random(ids.numel(), dtype=dtype)
+        found = interpreted("triton_choices", "gradient_of_map", grad, inverse, ids, shape[1], constants=constants)
+        assert_same(found, oracles.gradient_of_map(grad, inverse, ids, shape[1]))
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 5), (3, 4, 9), (5, 7, 2), (2, 40, 30), (33, 5, 4), (3, 2, 0)])
@@ -270,7 +288,7 @@ def test_sums_run_from_the_first_route_to_the_last(interpreted):
 @pytest.mark.parametrize("warp", [32, 64])
 def test_launch_parameters_are_what_triton_takes(warp):
     """Tiles are powers of two below Triton's limit of elements, and a block of threads is at most 1024."""
-    from megatron_xmoe.kernels import triton_rotary, triton_routes, triton_rows
+    from megatron_xmoe.kernels import triton_choices, triton_rotary, triton_routes, triton_rows
 
     tiles = [
         rule
@@ -284,7 +302,7 @@ def test_launch_parameters_are_what_triton_takes(warp):
     ]
     for experts, count in itertools.product((1, 3, 64, 128, 1000, 4096), (1, 1000, 10**6)):
         tiles += [triton_routes.places_tile(count, experts), triton_routes.select_tile(experts)]
-        tiles += [triton_routes.map_tile(experts), triton_routes.merge_tile(experts)]
+        tiles += [triton_choices.choices_tile(experts), triton_routes.merge_tile(experts)]
     for heads, (size, rotated) in itertools.product((1, 3, 128), ((2, 2), (128, 128), (96, 50), (5000, 4000))):
         tiles.append(triton_rotary.rotate_tile(heads, size, rotated, warp))
     for tile in tiles:
