@@ -3,7 +3,8 @@
 
 Columns: metadata (expert-major arrays and the inverse map, from top-k choices); permute; both together; the weighted
 unpermute; the backward of permute; the backward of unpermute (rows and the weights' gradient); gather (the same rows
-by their token numbers, tokens read K times); map to ids (top-k choices from a boolean map).
+by their token numbers, tokens read K times); choices of map (top-k choices and their weights from a router's map and
+probs); gradient of map (back to the probs).
 
 Times are medians in ms. In brackets: the time in which this device copies the same bytes in this run, as a share of
 the operation's. Bytes are the least that must move: T*H*b*(1+K), for unpermute's backward T*H*b*(1+2K), for the gather

@@ -22,7 +22,8 @@ COLUMNS = (
     "permute backward",
     "unpermute backward",
     "gather",
-    "map to ids",
+    "choices of map",
+    "gradient of map",
 )
 TOLERANCE = {torch.bfloat16: 5e-3, torch.float16: 1e-3, torch.float32: 1e-5}  # relative RMS error
 Calls = dict[str, Callable[[], Any]]
@@ -42,7 +43,10 @@ class Inputs:
         self.map = torch.zeros(tokens, experts, dtype=torch.bool, device=device).scatter_(1, ids, True)
         self.x, self.grad_out = (normal(tokens, hidden).to(dtype) for _ in range(2))
         self.y, self.grad_rows = (normal(tokens * per_token, hidden).to(dtype) for _ in range(2))
+        self.probs = torch.zeros(tokens, experts, device=device).scatter_(1, ids, self.weights)
         build_routes = registry.implementation("reference", "build_routes")
+        choices = registry.implementation("reference", "choices_of_map")(self.map, self.probs, per_token)
+        self.of_map = build_routes(*choices, experts, -1, False)[-1], choices[0]  # inverse and experts, ascending
         self.token_ids, _, _, _, self.inverse = build_routes(self.ids, self.weights, experts, -1, False)
         row = hidden * dtype.itemsize
         moved = ("permute", "metadata+permute", "unpermute", "permute backward")
@@ -66,9 +70,9 @@ class System:
 def backend_calls(name: str, data: Inputs) -> Calls:
     """One of the project's backends, by column."""
     per_token, experts = data.shape[1:3]
-    build_routes, map_to_ids, gather_rows, spread_rows, sum_rows = (
-        registry.implementation(name, operation)
-        for operation in ("build_routes", "map_to_ids", "gather_rows", "spread_rows", "sum_rows")
+    operations = "build_routes choices_of_map gradient_of_map gather_rows spread_rows sum_rows".split()
+    build_routes, choices_of_map, gradient_of_map, gather_rows, spread_rows, sum_rows = (
+        registry.implementation(name, operation) for operation in operations
     )
 
     def both():
@@ -84,7 +88,8 @@ def backend_calls(name: str, data: Inputs) -> Calls:
         "permute backward": lambda: sum_rows(data.grad_rows, inverse, None, None),
         "unpermute backward": lambda: spread_rows(data.grad_out, inverse, owners, data.weights, data.y),
         "gather": lambda: gather_rows(data.x, owners),
-        "map to ids": lambda: map_to_ids(data.map, per_token),
+        "choices of map": lambda: choices_of_map(data.map, data.probs, per_token),
+        "gradient of map": lambda: gradient_of_map(data.weights.view(-1), *data.of_map, experts),
     }
 
 

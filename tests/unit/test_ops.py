@@ -8,7 +8,7 @@ import torch
 from map_cases import random_map
 from tolerances import assert_close, assert_same
 
-from megatron_xmoe.kernels.registry import candidates
+from megatron_xmoe.kernels.registry import candidates, kernel
 from megatron_xmoe.ops import build_routes, build_routes_from_map, gather_rows, gather_sum
 
 # name -> (choices [T][K], number of experts); -1 is a choice not made
@@ -166,6 +166,14 @@ def test_routes_from_a_map(name, unstable_sort):
     by_hand = torch.zeros_like(probs)
     by_hand[expected.token_ids, expected.expert_ids] = grad
     assert_same(found, by_hand)
+
+
+def test_choices_that_were_not_made_have_no_weight():
+    routing_map, expected = random_map(20, 6, 3)
+    probs = random(20, 6).masked_fill_(~routing_map, torch.nan)
+    ids, weights = kernel("choices_of_map", "cpu")(routing_map, probs, 3)
+    assert_same(ids, expected)
+    assert_same(weights, torch.where(ids < 0, 0, probs.gather(1, ids.clamp_min(0).long())))
 
 
 def chosen_by_torch(
