@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.ragged_tma import create_ragged_descriptor, to_ragged_indices
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from megatron_xmoe.kernels.triton_common import ceil_div, on, power_of_two
@@ -122,17 +123,14 @@ def weight_gradient_kernel(
         start = tl.load(ends + expert - 1, mask=expert > 0, other=0)
         end = tl.load(ends + expert)
         total = tl.zeros([BN, BD], tl.float32)
-        if TMA:  # it would read on in the next expert's rows, so an expert's last ones go another way
-            whole = end - (end - start) % BK
-            for row in range(start, whole, BK):
-                total = tl.dot(grad_tma.load([row, n]).T, x_tma.load([row, d]), total, input_precision="ieee")
-            for row in tl.range(whole, end, BK, num_stages=1):
+        for row in range(start, end, BK):
+            if TMA:  # zeros from `end` on; written out, because Triton's interpreter cannot run `load_ragged`
+                bound, behind, first = to_ragged_indices(start, end - start, row - start)
+                left = grad_tma.load([bound, behind, first, n]).reshape(BK, BN).T
+                right = x_tma.load([bound, behind, first, d]).reshape(BK, BD)
+            else:
                 left, right = part_of(grad, row, end, n, N, BK, BN).T, part_of(x, row, end, d, D, BK, BD)
-                total = tl.dot(left, right, total, input_precision="ieee")
-        else:
-            for row in range(start, end, BK):
-                left, right = part_of(grad, row, end, n, N, BK, BN).T, part_of(x, row, end, d, D, BK, BD)
-                total = tl.dot(left, right, total, input_precision="ieee")
+            total = tl.dot(left, right, total, input_precision="ieee")
         if out_tma is not None:
             out_tma.store([expert, n, d], total.to(out.dtype.element_ty).reshape(1, BN, BD))
         else:  # one half of the columns after the other, for which registers are left
@@ -226,7 +224,8 @@ def weight_gradient(
         BN, BD, BK = tile["BN"], tile["BD"], tile["BK"]
         programs = processors(grad.device) * (1 if tma else 2)
         weight_gradient_kernel[(programs,)](
-            grad, described(grad, BK, BN, there=tma), rows, described(rows, BK, BD, there=tma),
+            grad, create_ragged_descriptor(grad, (BK, BN)) if tma else None,
+            rows, create_ragged_descriptor(rows, (BK, BD)) if tma else None,
             out, described(out, 1, BN, BD, there=tma and not accumulate and fits_tma(out)), ends, programs, E, N, D,
             TMA=tma, ACCUMULATE=accumulate, GROUP=GROUP, **tile,
         )  # fmt: skip

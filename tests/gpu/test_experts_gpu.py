@@ -125,7 +125,8 @@ def results(name: str, inputs: list[Tensor], grad: Tensor, *given) -> list[Tenso
 @pytest.mark.parametrize("ordered", [True, False], ids=["rows in order", "tokens and an index"])
 def test_whole_mlp(name, kind, biases, recompute, ordered, dtype):
     """Output and every gradient against the loop in fp64, twice the same bits."""
-    for (hidden, ffn), sizes in itertools.product(SHAPES[:2], SIZES.values()):
+    small = itertools.product(SHAPES[:2], SIZES.values())
+    for (hidden, ffn), sizes in [*small, ((1024, 704), SIZES["larger than tiles"])]:
         skip_unless_it_takes(name, dtype, (hidden, ffn))
         rows, experts, width = sum(sizes), len(sizes), ffn * (2 if ACTIVATIONS[kind][1] else 1)
         index = inverse = None
@@ -149,8 +150,9 @@ def test_whole_mlp(name, kind, biases, recompute, ordered, dtype):
         first, second = (results(name, inputs, grad, *given) for _ in range(2))
         assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
         exact = results("loop", [x.double() for x in inputs], grad, *given)
-        # few rows have few roundings, whose error is not the expected one; biases are added to rounded products
-        bound = TOLERANCE[dtype] * (1.3 if dtype == torch.bfloat16 else 1)
+        # few numbers have few roundings, whose error is not the expected one; biases are added to rounded products
+        few = biases or min(rows, hidden) < 1000
+        bound = TOLERANCE[dtype] * (1.3 if few and dtype == torch.bfloat16 else 1)
         for actual, wanted in zip(first, exact, strict=True):
             close(actual, wanted, bound)
 

@@ -2,11 +2,13 @@
 
 import os
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
 
 pytestmark = pytest.mark.gpu
+TOOLS = Path(__file__).resolve().parents[2] / "tools"
 T, K, E, H = 512, 6, 64, 256
 
 
@@ -115,6 +117,29 @@ def test_one_host_synchronisation_forward_none_backward(groups):
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert (forward, backward) == (1, 0), [str(w.message) for w in caught]
+
+
+def test_recording_waits_for_nothing(groups, monkeypatch):
+    """With every figure, and every stage timed, a layer that has all experts does not wait for the device."""
+    monkeypatch.syspath_prepend(TOOLS)
+    from dispatch_cases import Setting, build_layer, count_syncs
+    from megatron.core.transformer.moe import moe_logging
+
+    from megatron_xmoe.metrics import XMoETracker
+
+    setting = Setting(T, K, E, H, torch.bfloat16, torch.device("cuda"), ep_size=1, ranks_per_node=None)
+    layer, tracker = build_layer(setting, "alltoall", 128), XMoETracker(1, E, 1, "layers", breakdown=True)
+    before = moe_logging.get_moe_metrics_tracker()
+    moe_logging.set_moe_metrics_tracker(tracker)
+    try:
+        assert count_syncs(setting, layer) == (0, 0)
+        tracker._late.read()
+    finally:
+        moe_logging.set_moe_metrics_tracker(before)
+    assert tracker._sent.sum() == 2 * T * K  # both passes were recorded
+    spent = tracker._clock.read()
+    assert {stage for _, stage in spent} == {"gate", "permute", "experts", "unpermute", "dispatch", "combine"}
+    assert all(milliseconds >= 0 for milliseconds in spent.values())
 
 
 def test_dispatch_and_combine_run_our_kernels_only(groups):

@@ -14,6 +14,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 KINDS = ("Adam", "AdamW")
 SHAPES = [[(5, 3), (7,)], [(4,)]]  # of the parameters of two groups
 KERNELS = {"Adam": "_fused_adam_", "AdamW": "_fused_adamw_"}
+OTHER = "cuda" if torch.cuda.is_available() else "xpu"
+"""A device of tensors that are only described. Where there is a GPU, torch wants a tensor there all the same."""
 
 
 @pytest.fixture
@@ -138,17 +140,17 @@ def test_going_on(build, fused_calls, kind, before, after, device):
 def test_the_step_count_is_where_it_belongs(build, kind):
     """On another device than the CPU, which needs no such device: nothing is computed."""
     with FakeTensorMode():
-        first, second = build(kind, True, "xpu"), build(kind, False, "xpu")
+        first, second = (build(kind, fused, OTHER) for fused in (True, False))
         for optimizer in (first, second):
             train(optimizer, range(1))
         saved = first.state_dict()
         assert {state["step"].device.type for state in saved["state"].values()} == {"cpu"}
-        assert {state["exp_avg"].device.type for state in saved["state"].values()} == {"xpu"}
-        assert {state["step"].device.type for state in first.state.values()} == {"xpu"}, "saving changed the run"
+        assert {state["exp_avg"].device.type for state in saved["state"].values()} == {OTHER}
+        assert {state["step"].device.type for state in first.state.values()} == {OTHER}, "saving changed the run"
         for source in (first, second):
-            resumed = build(kind, True, "xpu")
+            resumed = build(kind, True, OTHER)
             resumed.load_state_dict(source.state_dict())
-            assert {state["step"].device.type for state in resumed.state.values()} == {"xpu"}
+            assert {state["step"].device.type for state in resumed.state.values()} == {OTHER}
         second.load_state_dict(saved)
         assert {state["step"].device.type for state in second.state.values()} == {"cpu"}
 
@@ -161,7 +163,7 @@ def test_a_state_that_is_described_before_the_first_step(build, kind, fused):
 
     described = wheel._allocate_state_before_it_is_described(lambda self: None)
     with FakeTensorMode():
-        inner, stepped = (build(kind, fused, "xpu") for _ in range(2))
+        inner, stepped = (build(kind, fused, OTHER) for _ in range(2))
         described(SimpleNamespace(optimizer=inner))
         train(stepped, range(1))
         for parameter, expected in zip(inner.state.values(), stepped.state.values(), strict=True):
