@@ -14,6 +14,7 @@ from megatron_xmoe.dispatch.state import AllToAllState
 from megatron_xmoe.metrics import record_traffic, record_traffic_later, recording
 from megatron_xmoe.ops import Routes, RowsSource, gather_rows, gather_sum
 from megatron_xmoe.ops.grouped_gemm import Groups
+from megatron_xmoe.ops.rows import first_rows
 from megatron_xmoe.profiling import profiled
 from megatron_xmoe.traffic import Traffic, flat_traffic
 
@@ -80,8 +81,8 @@ class AllToAllDispatcher(PaddingFreeDispatcher):
         if not self.all_experts_here:
             if drops:
                 rows = gather_rows(rows, self.state.token_ids, routes.inverse)
-            rows = _first(rows, num_rows)
-        return rows, _first(routes.combine_weights, num_rows)
+            rows = first_rows(rows, num_rows)
+        return rows, first_rows(routes.combine_weights, num_rows)
 
     def _keep(self, hidden_states: Tensor, routes: Routes) -> tuple[Tensor, Tensor]:
         """`dispatch_preprocess` of tokens that stay here with all their routes."""
@@ -129,7 +130,7 @@ class AllToAllDispatcher(PaddingFreeDispatcher):
         num_rows = int(counts.sum())
         if self.all_experts_here:
             self.state = replace(self.state, token_ids=self.state.token_ids[:num_rows])
-        return _first(rows, num_rows), counts, _first(probs, num_rows)
+        return first_rows(rows, num_rows), counts, first_rows(probs, num_rows)
 
     def expert_rows(self, hidden_states: Tensor, probs: Tensor) -> tuple[RowsSource, Groups, Tensor]:
         """See PaddingFreeDispatcher; the rows of experts that are all here are taken from the tokens."""
@@ -187,8 +188,3 @@ class AllToAllDispatcher(PaddingFreeDispatcher):
 def _sizes(shape: torch.Size, rows: Tensor, weights: Tensor) -> tuple[int, int, int]:
     """Tokens of a layer's input of this shape; bytes of a row and of a routing weight."""
     return math.prod(shape[:-1]), shape[-1] * rows.element_size(), weights.element_size()
-
-
-def _first(x: Tensor, number: int) -> Tensor:
-    """The first entries; x itself where these are all, whose gradient is then no copy."""
-    return x if x.shape[0] == number else x[:number]

@@ -18,6 +18,7 @@ from megatron_xmoe.dispatch.pilots import PilotRule, Places, choose_copies, most
 from megatron_xmoe.dispatch.state import BypassState
 from megatron_xmoe.metrics import record_traffic, recording
 from megatron_xmoe.ops.raw_bits import wire_dtype
+from megatron_xmoe.ops.rows import first_rows
 from megatron_xmoe.parallel_state import NodeTopology
 from megatron_xmoe.profiling import profiled
 from megatron_xmoe.traffic import Traffic
@@ -115,7 +116,7 @@ class RedundancyBypassDispatcher(PaddingFreeDispatcher):
             copies=copies,
             **self.arrival_state(received, None if self.tp_size == 1 else on_device),
         )
-        return tokens, routes.combine_weights[:sent]
+        return tokens, first_rows(routes.combine_weights, sent)
 
     def token_dispatch(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
         """Exchange tokens [T, H] and weights [N]; returns rows [M, H] and weights [M] of the routes to this rank.

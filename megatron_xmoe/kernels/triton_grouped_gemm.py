@@ -19,7 +19,7 @@ from megatron_xmoe.kernels.triton_common import ceil_div, on, power_of_two
 MAP_BLOCK = 32  # row tiles of a program of the map kernel
 LARGE_TILE = 213_016  # bytes of shared memory that the largest tile needs, its way out included
 TMA_BYTES = 16  # what the length and the start of a row have to be a multiple of
-GROUP = 8  # row tiles that are computed next to each other, for the sake of the L2 cache
+GROUP = 4  # row tiles that are computed next to each other, for the sake of the L2 cache
 
 
 @triton.jit

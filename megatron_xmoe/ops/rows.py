@@ -102,6 +102,11 @@ def give_back_rows(grad: Tensor, index: Tensor | None, inverse: Tensor | None, n
     return kernel("sum_rows", grad.device.type)(grad.contiguous(), inverse.contiguous(), None, None)
 
 
+def first_rows(x: Tensor, number: int) -> Tensor:
+    """The first rows, or entries; x itself where these are all, whose gradient is then no copy."""
+    return x if x.shape[0] == number else x[:number]
+
+
 def _check(rows: Tensor, index: Tensor, dim: int) -> None:
     if rows.dim() != 2 or not rows.is_floating_point():
         raise ValueError(f"rows have shape {tuple(rows.shape)}, {rows.dtype}; they must be a matrix [R, H] of floats")
