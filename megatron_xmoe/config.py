@@ -42,8 +42,8 @@ class XMoEConfig:
     token by a hash, the same when a step is recomputed or a run repeated; 'first' takes the first."""
 
     xmoe_rbd_overlap: Literal["on", "off"] = "on"
-    """With rbd: what needs no rows from other nodes, above all shared experts with --moe-shared-expert-overlap, runs
-    while rows are on the network. 'off' does one thing after the other."""
+    """With rbd: shared experts with --moe-shared-expert-overlap run while rows are on the network. 'off' does one thing
+    after the other. What the own node needs travels beside the rows for other nodes in either case."""
 
     xmoe_guard_empty_alltoall: Literal["auto", "on", "off"] = "auto"
     """A rank that would send or receive nothing in an exchange of tokens sends itself one row that nobody reads: RCCL
@@ -91,9 +91,9 @@ class XMoEConfig:
 
     xmoe_gradient_accumulation_fusion: Literal["auto", "on", "off"] = "auto"
     """Whether the experts' weight gradients are added to Megatron's main_grad (fp32 with
-    --accumulate-allreduce-grads-in-fp32 or --bf16) by the matrix products themselves. 'auto' does, and needs no Apex:
-    --no-gradient-accumulation-fusion, without which stock Megatron does not start there, means Megatron's own layers
-    only. 'off' leaves it to Megatron's hooks."""
+    --accumulate-allreduce-grads-in-fp32 or --bf16) by the matrix products themselves. 'auto' does in pretrain_xmoe.py,
+    and needs no Apex: --no-gradient-accumulation-fusion, without which stock Megatron does not start there, means
+    Megatron's own layers only. 'off' leaves it to Megatron's hooks."""
 
     xmoe_router_fusion: Literal["auto", "off"] = "auto"
     """Whether this project's kernels choose experts, weigh them and compute the load-balancing losses, in a few
@@ -104,7 +104,7 @@ class XMoEConfig:
     """Whether this project's kernel computes the rotary embedding, in one launch a tensor instead of twelve. 'auto'
     takes it where Triton can run and Transformer Engine's is not used. Megatron's --no-rope-fusion means the latter
     only (stock Megatron demands it without Transformer Engine, and for some models with it), so with it this kernel is
-    used. 'off' leaves Megatron's own function, for comparison. For --moe-backend xmoe."""
+    used. 'off' leaves Megatron's own function, for comparison. For --moe-backend xmoe of pretrain_xmoe.py."""
 
     xmoe_metrics: Literal["off", "summary", "layers"] = "summary"
     """Figures about the experts in Megatron's log, every --log-interval iterations. 'summary' puts the balance of the

@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
 """Times the dispatchers, alltoall against rbd, and counts what they put on the wire. Start it with torchrun.
 
-For every shape and division into nodes, a rank's average, predicted for uniform routing and counted from the exchanges'
-split sizes: rows that it sends to other nodes and to other ranks of its node, one way; bytes of dispatch and combine
-together; bytes of metadata for each route. Then the number of exchanges of the forward and of the backward pass, the
-median times of dispatch, combine and their backward, the slowest rank's, and the time of each stage in passes whose
-exchanges run one by one. With --layer the whole layer with grouped experts: forward, and forward with backward.
+For every shape and division into nodes, a rank's average, predicted for uniform routing and counted from the
+exchanges' split sizes: rows that it sends to other nodes and to other ranks of its node, one way; bytes of dispatch
+and combine together; bytes of metadata for each route. Then the number of exchanges of the forward and of the
+backward pass, the median times of dispatch, combine and their backward, the slowest rank's, and the time of each
+stage in passes whose exchanges run one by one ("rows between nodes": all that go over the whole group, those to the
+own node included). With --layer the whole layer with grouped experts: forward, and forward with backward.
 
 It fails if the dispatchers' outputs or gradients differ, or if a dispatcher returns other rows between nodes than its
 routes demand: every route to another node (alltoall), every (token, other node) pair (rbd).

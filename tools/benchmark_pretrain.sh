@@ -4,7 +4,8 @@
 #   bash tools/benchmark_pretrain.sh [--gpus N] [--backends "megatron xmoe"] [extra pretrain_xmoe.py options]
 #
 # One GPU: global batch 8. N GPUs: expert parallelism N, global batch 8 N. Both backends get the same options, with those
-# that stock Megatron needs without Transformer Engine and Apex (the first five below); X-MoE's kernels are on with them.
+# that stock Megatron needs without Transformer Engine and Apex (the first five below; where these are installed they
+# would slow it down, so measure without); X-MoE's kernels are on with them.
 # Prints, for each backend, the median time of an iteration after four warm-up iterations, TFLOP/s a GPU (Megatron's
 # count), tokens/s, peak memory and losses.
 set -euo pipefail
@@ -16,7 +17,7 @@ while [[ $# -gt 0 ]]; do
     case $1 in
         --gpus) gpus=$2; shift 2 ;;
         --backends) backends=$2; shift 2 ;;
-        --help | -h) sed -n '2,9s/^# \{0,1\}//p' "$0"; exit 0 ;;
+        --help | -h) sed -n '2,10s/^# \{0,1\}//p' "$0"; exit 0 ;;
         *) break ;;
     esac
 done

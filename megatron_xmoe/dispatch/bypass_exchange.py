@@ -63,13 +63,10 @@ class Arrived:
 
 
 @torch.no_grad()
-def start_dispatch(
-    tokens: Tensor, weights: Tensor, copies: Numbered, plan: Plan, links: Links, overlap: bool
-) -> Underway:
+def start_dispatch(tokens: Tensor, weights: Tensor, copies: Numbered, plan: Plan, links: Links) -> Underway:
     """Send pilots to other nodes and copies inside this one, with the indices and routing weights of all routes.
 
-    Args: tokens [T, H]; weights [N] of the routes in expert order; what was chosen for them; whether the device does
-        other things meanwhile.
+    Args: tokens [T, H]; weights [N] of the routes in expert order; what was chosen for them.
     """
     layout = plan.dispatching
     sent = sum(layout.direct.sent)
@@ -78,8 +75,6 @@ def start_dispatch(
     first, forwarded, end = layout.at_experts
     rows = tokens.new_empty(end, tokens.shape[1])
     direct = links.direct(rows[first:forwarded], outgoing[:sent], layout.direct)
-    if not overlap:
-        direct.wait()
     rows[:first] = tokens
     return Underway(rows, direct)
 
@@ -128,7 +123,7 @@ def collect(
     """
     tables, layout = (plan.back, plan.returning) if weights is None else (plan.there, plan.dispatching)
     _, forwarded, end = layout.at_experts
-    *_, back, total = layout.at_tokens
+    back, total = layout.at_tokens
     summed = gather_sum(rows, bypass_plan.routes_of_rows(plan, found, tables, end))
     gathered = rows.new_empty(total, rows.shape[1])
     returned = links.inside(gathered[forwarded:back], summed[forwarded:], layout.inside.back)

@@ -25,8 +25,6 @@ from megatron_xmoe.dispatch.bypass_tables import (
     back_tables,
     in_tables,
     out_tables,
-    spare_rows,
-    units_of_numbers,
 )
 from megatron_xmoe.dispatch.layout import Counts, Layout
 from megatron_xmoe.dispatch.pilots import Places
@@ -128,12 +126,12 @@ def tokens_table(plan: Plan, tables: RowTables) -> Tensor:
 
 
 def rows_to_send(plan: Plan, sends: Tensor, rows: int) -> Tensor:
-    """[rows + spare_rows] int64: token of each direct row that is sent, -1 for meta rows."""
-    return operation("sources_of_rows", plan.bins)(plan.bins, plan.number, sends, rows + spare_rows(plan.counts))
+    """[rows + 1] int64: token of each direct row that is sent, -1 for meta rows; and a row for what has no place."""
+    return operation("sources_of_rows", plan.bins)(plan.bins, plan.number, sends, rows + 1)
 
 
 def write_meta(rows: Tensor, weights: Tensor, copies: Numbered, plan: Plan) -> None:
-    """Write the meta rows of a dispatch among `rows` to send, with spare ones.
+    """Write the meta rows of a dispatch among `rows` to send, behind which there is one more.
 
     Args: weights [N] in a type for the wire.
     """
@@ -188,8 +186,7 @@ def parts_of_sums(plan: Plan, found: Found, tables: RowTables, layout: Layout) -
 
 def return_weights(plan: Plan, found: Found, weights: Tensor, rows: Tensor) -> None:
     """Write weights [M] of received routes into the direct `rows` that return to where they came from."""
-    begins = plan.there.routes_in - plan.counts.tokens * units_of_numbers(plan.counts)[0]
-    operation("write_weights", rows)(units_of(rows), found.segment, weights.contiguous(), begins)
+    operation("write_weights", rows)(units_of(rows), found.segment, weights.contiguous(), plan.there.weights_in)
 
 
 def returned_weights(plan: Plan, rows: Tensor) -> Tensor:

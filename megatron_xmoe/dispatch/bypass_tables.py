@@ -66,6 +66,9 @@ class InTables(RowTables):
     sources: Tensor
     """[L * G]: rank of a segment's tokens * J."""
 
+    weights_in: Tensor
+    """[L * G]: routes_in among the direct rows."""
+
 
 @dataclass(frozen=True)
 class BackTables(RowTables):
@@ -81,11 +84,6 @@ def units_of_numbers(counts: Counts) -> tuple[int, int, int]:
     return counts.row_bytes // size, 4 // size, (4 + counts.weight_bytes) // size
 
 
-def spare_rows(counts: Counts) -> int:
-    """Rows behind a buffer that take what is written to no place in it: room for a routing weight."""
-    return -(-8 // counts.row_bytes)
-
-
 def by_bin(places: Places, of_ranks: ndarray) -> ndarray:
     """[B]: a number [G] of each rank for the bin of what is sent to it, FAR for other bins."""
     table = np.full(places.ranks * places.width + 2, FAR)
@@ -99,7 +97,7 @@ def row_tables(layout: Layout) -> dict[str, ndarray]:
     list_rows = np.empty((members, places.ranks, 2), np.int64)
     list_rows[:, :, 0] = layout.arrived
     list_rows[:, :, 1] = (layout.arrived - layout.counts.tokens) * members + np.arange(members)[:, None]
-    sums = by_bin(places, layout.sent_to + layout.at_tokens[2])
+    sums = by_bin(places, layout.sent_to + layout.at_tokens[0])
     sums[sums == FAR] = -FAR
     sums[-2] = 0
     return {"list_rows": list_rows.reshape(-1, 2), "copies": layout.copies.ravel(), "sums": sums}
@@ -141,6 +139,7 @@ def in_tables(layout: Layout, arrival_order: bool) -> dict[str, ndarray]:
         "routes_in": begins,
         "route_ends": sizes.cumsum(),
         "sources": sources * members,
+        "weights_in": begins - counts.tokens * units,
     }
 
 

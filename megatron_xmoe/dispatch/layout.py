@@ -124,11 +124,10 @@ class Layout:
         return self.counts.tokens, forwarded_at, forwarded_at + sum(self.inside.received)
 
     @cached_property
-    def at_tokens(self) -> tuple[int, int, int, int]:
-        """The same at the tokens."""
-        forwarded_at = self.at_experts[1]
-        sent_at = forwarded_at + sum(self.inside.sent)
-        return self.counts.tokens, forwarded_at, sent_at, sent_at + sum(self.direct.sent)
+    def at_tokens(self) -> tuple[int, int]:
+        """First row of the last section at the tokens, before which it is as at the experts; and the number of rows."""
+        sent_at = self.at_experts[1] + sum(self.inside.sent)
+        return sent_at, sent_at + sum(self.direct.sent)
 
     @cached_property
     def sent_to(self) -> ndarray:

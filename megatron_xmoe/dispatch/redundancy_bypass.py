@@ -126,9 +126,7 @@ class RedundancyBypassDispatcher(PaddingFreeDispatcher):
         plan = self.state.plan
         if self.shared_experts is not None:
             self.shared_experts.wait_current_stream()
-        underway = start_dispatch(
-            hidden_states.detach(), probs.detach(), self.state.copies, plan, self.links, self.overlap
-        )
+        underway = start_dispatch(hidden_states.detach(), probs.detach(), self.state.copies, plan, self.links)
         # from here on the host has time: pilots are on the network
         if recording():
             record_traffic(self.layer_number, self._traffic(plan.counts), plan.counts.routes[0])
