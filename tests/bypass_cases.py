@@ -31,14 +31,13 @@ class Passage:
     hidden: int = 12
     dtype: torch.dtype = torch.float64
     pilot: str = "balanced"
-    overlap: bool = True
     guard: bool = False
     capacity: float | None = None
 
     def __str__(self) -> str:
         extras = [self.kind] * (self.kind != "any") + [str(self.dtype)[6:]] * (self.dtype != torch.float64)
         extras += [f"h{self.hidden}"] * (self.hidden != 12) + [self.pilot] * (self.pilot != "balanced")
-        extras += ["in turn"] * (not self.overlap) + ["guard"] * self.guard
+        extras += ["guard"] * self.guard
         extras += [f"capacity{self.capacity}"] * (self.capacity is not None)
         lengths = "".join(map(str, self.lengths))
         return "-".join(["".join(map(str, self.node_of)), f"e{self.experts}", f"k{self.topk}", lengths, *extras])
@@ -159,7 +158,7 @@ def dispatcher_of(case: Passage, kind: str, rank: int):
     )  # fmt: skip
     arguments = case.local, config, Groups, NodeTopology(case.node_of, rank, "said", Groups.ep), 0, case.guard
     if kind == "rbd":
-        dispatcher = RedundancyBypassDispatcher(*arguments, pilot=case.pilot, overlap=case.overlap)
+        dispatcher = RedundancyBypassDispatcher(*arguments, pilot=case.pilot)
     else:
         dispatcher = AllToAllDispatcher(*arguments)
     dispatcher.layer_number = 3

@@ -5,6 +5,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "../dtypes.h"
+
 namespace xmoe::cpu {
 
 struct BFloat16 {
@@ -13,6 +15,17 @@ struct BFloat16 {
 struct Half {
     uint16_t bits;
 };
+
+// Calls f with a value of the C++ type that `type` names.
+template <typename F>
+auto for_float(Float type, F&& f) {
+    switch (type) {
+        case Float::f32: return f(float{});
+        case Float::bf16: return f(BFloat16{});
+        case Float::f16: return f(Half{});
+        default: return f(double{});
+    }
+}
 
 template <typename T>
 struct AccumulatorOf {

@@ -134,17 +134,6 @@ bool build(const I* ids, const W* weights, int64_t T, int64_t K, int64_t E, int6
     return true;
 }
 
-// Calls f with a value of the C++ type that `type` names.
-template <typename F>
-auto with_float(Float type, F&& f) {
-    switch (type) {
-        case Float::f32: return f(float{});
-        case Float::bf16: return f(BFloat16{});
-        case Float::f16: return f(Half{});
-        default: return f(double{});
-    }
-}
-
 // Tokens with rows of E elements that a thread takes at least.
 int64_t tokens_of_thread(int64_t E) { return 1 + 16384 / (E + 1); }
 
@@ -152,7 +141,7 @@ int64_t tokens_of_thread(int64_t E) { return 1 + 16384 / (E + 1); }
 
 bool build_routes(Index ids, const void* weights, Float weight_type, int64_t T, int64_t K, int64_t E, int64_t capacity,
                   bool by_weight, Routes routes, Parallel parallel) {
-    return with_float(weight_type, [&](auto weight) {
+    return for_float(weight_type, [&](auto weight) {
         const auto* typed = static_cast<const decltype(weight)*>(weights);
         if (ids.type == Int::i32)
             return build(static_cast<const int32_t*>(ids.data), typed, T, K, E, capacity, by_weight, routes, parallel);
@@ -162,7 +151,7 @@ bool build_routes(Index ids, const void* weights, Float weight_type, int64_t T, 
 
 void choices_of_map(const bool* map, const void* probs, Float type, Choices choices, int64_t T, int64_t K, int64_t E,
                     Parallel parallel) {
-    with_float(type, [&](auto weight) {
+    for_float(type, [&](auto weight) {
         using W = decltype(weight);
         const W* in = static_cast<const W*>(probs);
         int32_t* ids = choices.ids;
@@ -189,7 +178,7 @@ void choices_of_map(const bool* map, const void* probs, Float type, Choices choi
 
 void gradient_of_map(const void* grad, Float type, const int32_t* inverse, const int32_t* ids, void* result, int64_t T,
                      int64_t K, int64_t E, Parallel parallel) {
-    with_float(type, [&](auto weight) {
+    for_float(type, [&](auto weight) {
         using W = decltype(weight);
         const W* in = static_cast<const W*>(grad);
         W* out = static_cast<W*>(result);

@@ -213,18 +213,12 @@ void dot(const T* y, const I* index, const T* x, Accumulator<T>* dots, int64_t T
 // Calls function(T{}, I{}) with the element and index types.
 template <typename Function>
 void with_types(Float type, Int index_type, Function function) {
-    const auto with_index = [&](auto element) {
+    for_float(type, [&](auto element) {
         if (index_type == Int::i32)
             function(element, int32_t{});
         else
             function(element, int64_t{});
-    };
-    switch (type) {
-        case Float::f32: return with_index(float{});
-        case Float::bf16: return with_index(BFloat16{});
-        case Float::f16: return with_index(Half{});
-        case Float::f64: return with_index(double{});
-    }
+    });
 }
 
 }  // namespace

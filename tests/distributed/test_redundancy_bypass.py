@@ -32,7 +32,6 @@ CASES = [
     *(Passage(TWO, 8, 3, UNEVEN, hidden=hidden, dtype=torch.float32) for hidden in (1, 12, 33)),
     Passage(THREE_ONE, 8, 3, UNEVEN, hidden=1),
     Passage(INTERLEAVED, 8, 3, UNEVEN, pilot="first"),
-    Passage(THREE_ONE, 8, 3, UNEVEN, overlap=False),
     Passage(TWO, 8, 3, (2, 0, 4, 1), guard=True),
     Passage(INTERLEAVED, 8, 2, UNEVEN, "all to the first rank", guard=True),
     *(Passage(TWO, 8, 3, UNEVEN, hidden=hidden, dtype=torch.bfloat16) for hidden in (1, 7, 16)),
