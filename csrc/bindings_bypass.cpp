@@ -37,12 +37,20 @@ void on_device(const Tensor& first, int64_t stream, Body body) {
     xmoe::launch(first, stream, [&] { body(loop); }, body);
 }
 
-Units units_of(const Tensor& units, int64_t weight_bytes, const Tensor& first) {
-    check("units", units, 1, first);
+int64_t weight_words(int64_t weight_bytes) {
+    require("weights must be of 4 or 8 bytes", weight_bytes == 4 || weight_bytes == 8);
+    return weight_bytes / 4;
+}
+
+Units units_of(const Tensor& units, int64_t weight_bytes) {
+    check("units", units, 1, units);
     const int64_t bytes = units.element_size();
     require("units must be of 2 or 4 bytes", bytes == 2 || bytes == 4);
-    require("weights must be of 4 or 8 bytes", weight_bytes == 4 || weight_bytes == 8);
-    return {4 / bytes, weight_bytes / bytes, bytes};
+    return {bytes, weight_words(weight_bytes) * 4 / bytes};
+}
+
+Tensor new_weights(int64_t total, int64_t weight_bytes, const Tensor& like) {
+    return at::empty({total}, like.options().dtype(weight_bytes == 8 ? at::kDouble : at::kFloat));
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> number_copies(
@@ -78,49 +86,49 @@ Tensor sources_of_rows(const Tensor& bins, const Tensor& number, const Tensor& t
     return sources;
 }
 
-void write_meta(const Tensor& units, const Tensor& bins, const Tensor& number, const Tensor& pilot_number,
+void write_meta(const Tensor& meta, const Tensor& bins, const Tensor& number, const Tensor& pilot_number,
                 const Tensor& list_out, const Tensor& words, const Tensor& weights, const Tensor& expert_ids,
                 const Tensor& routes_out, int64_t experts_per_rank, int64_t stream) {
-    check("weights", weights, 1, units);
+    check("weights", weights, 1, meta);
     require("there must be an expert and a word for each weight",
             expert_ids.size(0) >= weights.size(0) && words.size(0) >= weights.size(0));
-    const Units of = units_of(units, weights.element_size(), units);
-    const xmoe::Meta meta{units.data_ptr(), longs("bins", bins, 2, units), ints("number", number, 2, units),
-                          ints("pilot_number", pilot_number, 2, units), longs("list_out", list_out, 1, units),
-                          ints("words", words, 1, units), weights.const_data_ptr(),
-                          ints("expert_ids", expert_ids, 1, units), longs("routes_out", routes_out, 1, units),
-                          list_out.size(0) - 1, experts_per_rank, bins.numel(), weights.size(0)};
-    on_device(units, stream, [&](auto s) { xmoe::write_meta(meta, of, s); });
+    ints("meta", meta, 1, meta);
+    const xmoe::Meta written{meta.data_ptr<int32_t>(), longs("bins", bins, 2, meta), ints("number", number, 2, meta),
+                             ints("pilot_number", pilot_number, 2, meta), longs("list_out", list_out, 1, meta),
+                             ints("words", words, 1, meta), static_cast<const int32_t*>(weights.const_data_ptr()),
+                             ints("expert_ids", expert_ids, 1, meta), longs("routes_out", routes_out, 1, meta),
+                             list_out.size(0) - 1, experts_per_rank, bins.numel(), weights.size(0),
+                             weight_words(weights.element_size())};
+    on_device(meta, stream, [&](auto s) { xmoe::write_meta(written, s); });
 }
 
-xmoe::Segments segments(const Tensor& units, const Tensor& ends, const Tensor& begins, int64_t total) {
-    return {units.const_data_ptr(), longs("ends", ends, 1, units), longs("begins", begins, 1, units), ends.size(0),
+xmoe::Segments segments(const Tensor& meta, const Tensor& ends, const Tensor& begins, int64_t total) {
+    return {ints("meta", meta, 1, meta), longs("ends", ends, 1, meta), longs("begins", begins, 1, meta), ends.size(0),
             total};
 }
 
-std::tuple<Tensor, Tensor, Tensor> read_lists(const Tensor& units, const Tensor& ends, const Tensor& list_in,
+std::tuple<Tensor, Tensor, Tensor> read_lists(const Tensor& meta, const Tensor& ends, const Tensor& list_in,
                                               const Tensor& list_rows, int64_t total, int64_t stream) {
-    const Units of = units_of(units, 4, units);
-    const xmoe::Segments from = segments(units, ends, list_in, total);
-    Tensor segment = new_longs({total}, units), number = new_ints({total}, units), pilots = new_longs({total}, units);
-    const xmoe::Lists lists{longs("list_rows", list_rows, 2, units), segment.data_ptr<int64_t>(),
+    const xmoe::Segments from = segments(meta, ends, list_in, total);
+    Tensor segment = new_longs({total}, meta), number = new_ints({total}, meta), pilots = new_longs({total}, meta);
+    const xmoe::Lists lists{longs("list_rows", list_rows, 2, meta), segment.data_ptr<int64_t>(),
                             number.data_ptr<int32_t>(), pilots.data_ptr<int64_t>()};
-    on_device(units, stream, [&](auto s) { xmoe::read_lists(from, lists, of, s); });
+    on_device(meta, stream, [&](auto s) { xmoe::read_lists(from, lists, s); });
     return {segment, number, pilots};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> read_routes(
-    const Tensor& units, const Tensor& ends, const Tensor& routes_in, const Tensor& sources, const Tensor& copies,
+    const Tensor& meta, const Tensor& ends, const Tensor& routes_in, const Tensor& sources, const Tensor& copies,
     int64_t total, int64_t width, int64_t slots, int64_t weight_bytes, int64_t stream) {
-    const Units of = units_of(units, weight_bytes, units);
-    const xmoe::Segments from = segments(units, ends, routes_in, total);
-    Tensor segment = new_longs({total}, units), copy = new_longs({total}, units), rows = new_longs({total}, units);
-    Tensor number = new_ints({total}, units), slotted = new_ints({total}, units);
-    Tensor weights = at::empty({total}, units.options().dtype(weight_bytes == 8 ? at::kDouble : at::kFloat));
-    const xmoe::Records records{longs("sources", sources, 1, units), longs("copies", copies, 1, units), width, slots,
-                                segment.data_ptr<int64_t>(), copy.data_ptr<int64_t>(), number.data_ptr<int32_t>(),
-                                slotted.data_ptr<int32_t>(), rows.data_ptr<int64_t>(), weights.data_ptr()};
-    on_device(units, stream, [&](auto s) { xmoe::read_routes(from, records, of, s); });
+    const xmoe::Segments from = segments(meta, ends, routes_in, total);
+    Tensor segment = new_longs({total}, meta), copy = new_longs({total}, meta), rows = new_longs({total}, meta);
+    Tensor number = new_ints({total}, meta), slotted = new_ints({total}, meta);
+    Tensor weights = new_weights(total, weight_bytes, meta);
+    const xmoe::Records records{longs("sources", sources, 1, meta), longs("copies", copies, 1, meta), width, slots,
+                                weight_words(weight_bytes), segment.data_ptr<int64_t>(), copy.data_ptr<int64_t>(),
+                                number.data_ptr<int32_t>(), slotted.data_ptr<int32_t>(), rows.data_ptr<int64_t>(),
+                                static_cast<int32_t*>(weights.data_ptr())};
+    on_device(meta, stream, [&](auto s) { xmoe::read_routes(from, records, s); });
     return {segment, copy, number, slotted, rows, weights};
 }
 
@@ -149,20 +157,20 @@ Tensor parts_of_sums(const Tensor& segment, const Tensor& number, const Tensor& 
 void write_weights(const Tensor& units, const Tensor& segment, const Tensor& weights, const Tensor& begins,
                    int64_t stream) {
     check("weights", weights, 1, units);
-    const Units of = units_of(units, weights.element_size(), units);
+    const Units of = units_of(units, weights.element_size());
     const int64_t *at = longs("segment", segment, 1, units), *first = longs("begins", begins, 1, units);
     on_device(units, stream, [&](auto s) {
         xmoe::write_weights(units.data_ptr(), at, weights.const_data_ptr(), first, segment.size(0), of, s);
     });
 }
 
-Tensor read_weights(const Tensor& units, const Tensor& expert_ids, const Tensor& routes_out, int64_t experts_per_rank,
+Tensor read_weights(const Tensor& units, const Tensor& expert_ids, const Tensor& begins, int64_t experts_per_rank,
                     int64_t weight_bytes, int64_t stream) {
-    const Units of = units_of(units, weight_bytes, units);
+    const Units of = units_of(units, weight_bytes);
     const int32_t* experts = ints("expert_ids", expert_ids, 1, units);
-    const int64_t* first = longs("routes_out", routes_out, 1, units);
+    const int64_t* first = longs("begins", begins, 1, units);
     const int64_t total = expert_ids.size(0);
-    Tensor weights = at::empty({total}, units.options().dtype(weight_bytes == 8 ? at::kDouble : at::kFloat));
+    Tensor weights = new_weights(total, weight_bytes, units);
     on_device(units, stream, [&](auto s) {
         xmoe::read_weights(units.const_data_ptr(), experts, first, experts_per_rank, total, weights.data_ptr(), of, s);
     });

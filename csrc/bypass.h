@@ -1,6 +1,6 @@
 // Index arithmetic of redundancy bypassing: which rows a rank sends, what it tells of them, and what it reads of what
 // others tell. The functions are those of megatron_xmoe/kernels/reference_bypass.py, where tables and letters are
-// explained. Bins have a table's last entry for -1; positions are in units of a buffer, of 2 or 4 bytes.
+// explained. Bins have a table's last entry for -1. Metadata are words of 4 bytes; rows are seen as units of 2 or 4 bytes.
 #pragma once
 
 #include "dtypes.h"
@@ -56,30 +56,24 @@ template <typename Stream>
 void sources_of_rows(const int64_t* bins, const int32_t* number, const int64_t* table, int64_t none, int64_t T,
                      int64_t K, int64_t rows, int64_t* sources, Stream stream);
 
-// Units of an index and of a routing weight, and bytes of a unit.
-struct Units {
-    int64_t word, weight;
-    int64_t bytes;
-};
-
 struct Meta {
-    void* units;
+    int32_t* meta;
     const int64_t* bins;  // [entries], as number and pilot_number
     const int32_t* number;
     const int32_t* pilot_number;
     const int64_t* list_out;  // [none + 1]
-    const int32_t* words;     // [routes], as weights and expert_ids
-    const void* weights;
+    const int32_t* words;     // [routes], as expert_ids
+    const int32_t* weights;   // [routes, weight_words]
     const int32_t* expert_ids;
     const int64_t* routes_out;  // [G]
-    int64_t none, experts_per_rank, entries, routes;
+    int64_t none, experts_per_rank, entries, routes, weight_words;
 };
 template <typename Stream>
-void write_meta(const Meta& meta, Units of, Stream stream);
+void write_meta(const Meta& meta, Stream stream);
 
 // What arrived in segments: the i-th thing is in the segment whose end is the first above i.
 struct Segments {
-    const void* units;
+    const int32_t* meta;
     const int64_t* ends;    // [count]
     const int64_t* begins;  // [count], less the things before the segment
     int64_t count, total;
@@ -91,21 +85,21 @@ struct Lists {
     int64_t* pilots;
 };
 template <typename Stream>
-void read_lists(const Segments& from, const Lists& lists, Units of, Stream stream);
+void read_lists(const Segments& from, const Lists& lists, Stream stream);
 
 struct Records {
     const int64_t* sources;  // [count]
     const int64_t* copies;   // by copy
-    int64_t width, slots;
+    int64_t width, slots, weight_words;
     int64_t* segment;  // [total], as the others
     int64_t* copy;
     int32_t* number;
     int32_t* slotted;
     int64_t* rows;
-    void* weights;
+    int32_t* weights;  // [total, weight_words]
 };
 template <typename Stream>
-void read_routes(const Segments& from, const Records& records, Units of, Stream stream);
+void read_routes(const Segments& from, const Records& records, Stream stream);
 
 template <typename Stream>
 void routes_of_rows(const int64_t* copy, const int32_t* slotted, const int64_t* copies, int64_t total, int64_t rows,
@@ -121,11 +115,16 @@ template <typename Stream>
 void parts_of_sums(const Forwarded& forwarded, int64_t first, int64_t rows, int64_t members, int64_t local,
                    int64_t* table, Stream stream);
 
+// Bytes of a unit, and units of a routing weight.
+struct Units {
+    int64_t bytes, weight;
+};
+
 template <typename Stream>
 void write_weights(void* units, const int64_t* segment, const void* weights, const int64_t* begins, int64_t total,
                    Units of, Stream stream);
 template <typename Stream>
-void read_weights(const void* units, const int32_t* expert_ids, const int64_t* routes_out, int64_t experts_per_rank,
+void read_weights(const void* units, const int32_t* expert_ids, const int64_t* begins, int64_t experts_per_rank,
                   int64_t total, void* weights, Units of, Stream stream);
 
 }  // namespace xmoe

@@ -78,13 +78,6 @@ XMOE_ITEM void copy_units(const U* from, U* to, int64_t count) {
     for (int64_t u = 0; u < count; ++u) to[u] = from[u];
 }
 
-// An index of one or two units.
-template <typename U>
-XMOE_ITEM int32_t word_at(const U* units) {
-    if (sizeof(U) == 4) return int32_t(units[0]);
-    return int32_t(uint32_t(uint16_t(units[0])) | uint32_t(uint16_t(units[1])) << 16);
-}
-
 // The first segment that ends above i.
 XMOE_ITEM int64_t segment_of(const Segments& from, int64_t i) {
     int64_t low = 0, high = from.count;
@@ -111,50 +104,40 @@ struct SourceItem {
     }
 };
 
-template <typename U>
 struct MetaItem {
-    Meta meta;
-    Units of;
+    Meta m;
 
     XMOE_ITEM void operator()(int64_t i) const {
-        const Meta& m = meta;
-        U* units = static_cast<U*>(m.units);
         const int64_t first = m.list_out[m.bins[i] < 0 ? m.none : m.bins[i]];
-        if (first < kNowhere)
-            copy_units(reinterpret_cast<const U*>(m.pilot_number + i), units + first + m.number[i] * of.word, of.word);
+        if (first < kNowhere) m.meta[first + m.number[i]] = m.pilot_number[i];
         if (i >= m.routes) return;
-        U* at = units + m.routes_out[m.expert_ids[i] / m.experts_per_rank] + i * (of.word + of.weight);
-        copy_units(reinterpret_cast<const U*>(m.words + i), at, of.word);
-        copy_units(static_cast<const U*>(m.weights) + i * of.weight, at + of.word, of.weight);
+        int32_t* at = m.meta + m.routes_out[m.expert_ids[i] / m.experts_per_rank] + i * (1 + m.weight_words);
+        at[0] = m.words[i];
+        copy_units(m.weights + i * m.weight_words, at + 1, m.weight_words);
     }
 };
 
-template <typename U>
 struct ListItem {
     Segments from;
     Lists lists;
-    Units of;
 
     XMOE_ITEM void operator()(int64_t i) const {
         const int64_t segment = segment_of(from, i);
-        const int32_t number = word_at(static_cast<const U*>(from.units) + from.begins[segment] + i * of.word);
+        const int32_t number = from.meta[from.begins[segment] + i];
         lists.segment[i] = segment;
         lists.number[i] = number;
         lists.pilots[i] = lists.list_rows[2 * segment] + number;
     }
 };
 
-template <typename U>
 struct RecordItem {
     Segments from;
-    Records records;
-    Units of;
+    Records r;
 
     XMOE_ITEM void operator()(int64_t i) const {
-        const Records& r = records;
         const int64_t segment = segment_of(from, i);
-        const U* at = static_cast<const U*>(from.units) + from.begins[segment] + i * (of.word + of.weight);
-        const int32_t word = word_at(at), slots = int32_t(r.slots), width = int32_t(r.width);
+        const int32_t* at = from.meta + from.begins[segment] + i * (1 + r.weight_words);
+        const int32_t word = at[0], slots = int32_t(r.slots), width = int32_t(r.width);
         const int32_t whole = word / slots, number = whole / width;
         const int64_t copy = r.sources[segment] + whole % width;
         r.segment[i] = segment;
@@ -162,7 +145,7 @@ struct RecordItem {
         r.number[i] = number;
         r.slotted[i] = number * slots + word % slots;
         r.rows[i] = r.copies[copy] + number;
-        copy_units(at + of.word, static_cast<U*>(r.weights) + i * of.weight, of.weight);
+        copy_units(at + 1, r.weights + i * r.weight_words, r.weight_words);
     }
 };
 
@@ -198,8 +181,7 @@ struct WriteWeightItem {
     Units of;
 
     XMOE_ITEM void operator()(int64_t i) const {
-        U* at = units + begins[segment[i]] + i * (of.word + of.weight);
-        copy_units(weights + i * of.weight, at + of.word, of.weight);
+        copy_units(weights + i * of.weight, units + begins[segment[i]] + i * of.weight, of.weight);
     }
 };
 
@@ -207,13 +189,13 @@ template <typename U>
 struct ReadWeightItem {
     const U* units;
     const int32_t* expert_ids;
-    const int64_t* routes_out;
+    const int64_t* begins;
     int64_t experts_per_rank;
     U* weights;
     Units of;
 
     XMOE_ITEM void operator()(int64_t i) const {
-        const int64_t at = routes_out[expert_ids[i] / experts_per_rank] + i * (of.word + of.weight) + of.word;
+        const int64_t at = begins[expert_ids[i] / experts_per_rank] + i * of.weight;
         copy_units(units + at, weights + i * of.weight, of.weight);
     }
 };

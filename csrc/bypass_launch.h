@@ -14,18 +14,18 @@ void sources_of_rows(const int64_t* bins, const int32_t* number, const int64_t* 
 }
 
 template <>
-void write_meta(const Meta& meta, Units of, Stream stream) {
-    for_unit(of, [&](auto u) { run(stream, meta.entries, MetaItem<decltype(u)>{meta, of}); });
+void write_meta(const Meta& meta, Stream stream) {
+    run(stream, meta.entries, MetaItem{meta});
 }
 
 template <>
-void read_lists(const Segments& from, const Lists& lists, Units of, Stream stream) {
-    for_unit(of, [&](auto u) { run(stream, from.total, ListItem<decltype(u)>{from, lists, of}); });
+void read_lists(const Segments& from, const Lists& lists, Stream stream) {
+    run(stream, from.total, ListItem{from, lists});
 }
 
 template <>
-void read_routes(const Segments& from, const Records& records, Units of, Stream stream) {
-    for_unit(of, [&](auto u) { run(stream, from.total, RecordItem<decltype(u)>{from, records, of}); });
+void read_routes(const Segments& from, const Records& records, Stream stream) {
+    run(stream, from.total, RecordItem{from, records});
 }
 
 template <>
@@ -54,11 +54,11 @@ void write_weights(void* units, const int64_t* segment, const void* weights, con
 }
 
 template <>
-void read_weights(const void* units, const int32_t* expert_ids, const int64_t* routes_out, int64_t experts_per_rank,
+void read_weights(const void* units, const int32_t* expert_ids, const int64_t* begins, int64_t experts_per_rank,
                   int64_t total, void* weights, Units of, Stream stream) {
     for_unit(of, [&](auto u) {
         using U = decltype(u);
-        run(stream, total, ReadWeightItem<U>{static_cast<const U*>(units), expert_ids, routes_out, experts_per_rank,
+        run(stream, total, ReadWeightItem<U>{static_cast<const U*>(units), expert_ids, begins, experts_per_rank,
                                              static_cast<U*>(weights), of});
     });
 }

@@ -56,7 +56,7 @@ LARGE = [
 ]
 
 
-UNITS = [(torch.int32, torch.float32), (torch.int32, torch.float64), (torch.int16, torch.float32)]
+UNITS = [(unit, dtype) for unit in (torch.int32, torch.int16) for dtype in (torch.float32, torch.float64)]
 """Units of a buffer and routing weights."""
 
 
@@ -95,7 +95,7 @@ def starts_of_bins(counts: Tensor, every: int, gap: int) -> tuple[Tensor, int]:
 
 
 def check_writing(call: Call, write: Call, case: Case) -> None:
-    """Tokens of the rows to send; lists and records in units of either size, and weights read from them."""
+    """Tokens of the rows to send; lists and records."""
     routes, places, given = arguments(case)
     copies = Numbered(*reference.number_copies(*given))
     table, end = starts_of_bins(copies.told[0, :, : places.width], 2, 3)
@@ -104,25 +104,21 @@ def check_writing(call: Call, write: Call, case: Case) -> None:
     assert_same(found[:-1], sources[:-1])
     kept = int(routes.tokens_per_expert.sum())
     experts = routes.expert_ids[:kept]
-    for unit, dtype in UNITS:
-        word = 4 // unit.itemsize
-        record = word + dtype.itemsize // unit.itemsize
-        list_out = torch.where(table == FAR, FAR, table * word)
-        routes_out = end * word + 5 * torch.arange(places.ranks)
-        units = torch.randint(-9, 0, (int(routes_out.max()) + (kept + 1) * record + 4,), dtype=unit)
+    for dtype in (torch.float32, torch.float64):
+        routes_out = end + 5 * torch.arange(places.ranks)
+        size = int(routes_out.max()) + (kept + 1) * (1 + dtype.itemsize // 4) + 4
+        meta = torch.randint(-9, 0, (size,), dtype=torch.int32)
         weights = routes.combine_weights[:kept].to(dtype)
-        rest = (copies.bins, copies.number, copies.pilot_number, list_out, copies.words, weights, experts, routes_out,
+        rest = (copies.bins, copies.number, copies.pilot_number, table, copies.words, weights, experts, routes_out,
                 case.local)  # fmt: skip
-        written = units.clone()
+        written = meta.clone()
         reference.write_meta(written, *rest)
-        found = write("write_meta", units, *rest)
+        found = write("write_meta", meta, *rest)
         assert_same(found[:-1], written[:-1])
-        assert_same(call("read_weights", written, experts, routes_out, case.local, dtype.itemsize), weights)
-        assert_same(reference.read_weights(written, experts, routes_out, case.local, dtype.itemsize), weights)
 
 
 def random_segments(sizes: list[int], record: int, unit: torch.dtype) -> tuple[Tensor, Tensor, Tensor, int]:
-    """Segments of these sizes that lie one behind the other in disorder: units, ends, begins and the sum of sizes."""
+    """Segments of these sizes that lie one behind the other in disorder: numbers, ends, begins and the sum of sizes."""
     generator = torch.Generator().manual_seed(sum(sizes) + record)
     order, begins, at = torch.randperm(len(sizes), generator=generator), torch.empty(len(sizes), dtype=torch.int64), 3
     for segment in order.tolist():
@@ -140,27 +136,30 @@ SEGMENTS = [[5], [0, 3, 0, 0, 7, 1, 0], [0, 0], [300, 0, 2, 290], list(range(40)
 
 def check_reading(call: Call, write: Call, sizes: list[int]) -> None:
     """Lists and routes as they arrive, and weights as they return."""
-    for unit, dtype in UNITS:
-        word = 4 // unit.itemsize
-        record = word + dtype.itemsize // unit.itemsize
-        units, ends, begins, total = random_segments(sizes, word, unit)
-        given = units, ends, begins, torch.arange(len(sizes) * 2).view(-1, 2) ** 2, total
-        for one, other in zip(call("read_lists", *given), reference.read_lists(*given), strict=True):
-            assert_same(one, other)
+    meta, ends, begins, total = random_segments(sizes, 1, torch.int32)
+    given = meta, ends, begins, torch.arange(len(sizes) * 2).view(-1, 2) ** 2, total
+    for one, other in zip(call("read_lists", *given), reference.read_lists(*given), strict=True):
+        assert_same(one, other)
 
-        units, ends, begins, total = random_segments(sizes, record, unit)
+    for dtype in (torch.float32, torch.float64):
+        meta, ends, begins, total = random_segments(sizes, 1 + dtype.itemsize // 4, torch.int32)
         sources, copies = torch.arange(len(sizes)) * 7, torch.arange(len(sizes) * 7 + 3) ** 2
-        given = units, ends, begins, sources, copies, total, 3, 5, dtype.itemsize
+        given = meta, ends, begins, sources, copies, total, 3, 5, dtype.itemsize
         expected, found = reference.read_routes(*given), call("read_routes", *given)
         for one, other in zip(found[:5], expected[:5], strict=True):
             assert_same(one, other)
         assert found[5].dtype == expected[5].dtype == dtype
-        assert_same(as_units(found[5], unit), as_units(expected[5], unit))  # any bits, NaNs among them
+        assert_same(as_units(found[5], torch.int32), as_units(expected[5], torch.int32))  # any bits, NaNs among them
 
-        rest = expected[0], torch.rand(total, dtype=dtype), begins
-        written = units.clone()
-        reference.write_weights(written, *rest)
-        assert_same(write("write_weights", units, *rest), written)
+    segment, sizes_of = expected[0], torch.tensor(sizes)
+    for unit, dtype in UNITS:
+        units, _, begins, _ = random_segments(sizes, dtype.itemsize // unit.itemsize, unit)
+        weights, written = torch.rand(total, dtype=dtype), units.clone()
+        reference.write_weights(written, segment, weights, begins)
+        assert_same(write("write_weights", units, segment, weights, begins), written)
+        experts = (torch.arange(len(sizes)) * 3 + 2).repeat_interleave(sizes_of).to(torch.int32)  # 3 of a rank
+        for read in (reference.read_weights, lambda *args: call("read_weights", *args)):
+            assert_same(read(written, experts, begins, 3, dtype.itemsize), weights)
 
 
 def check_tables(call: Call, sizes: list[int]) -> None:

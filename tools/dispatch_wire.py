@@ -68,7 +68,7 @@ class Exchange:
 class Wire:
     """Notes every all-to-all and the time of each part of a pass.
 
-    Rows are what is as wide as a hidden state. On the way to the experts some of them may hold metadata.
+    Rows are what is as wide as a hidden state. In the backward pass some of them may hold gradients of weights.
     """
 
     node_of: dict[int, int]

@@ -41,7 +41,10 @@ class Links:
 
 @dataclass
 class Underway:
-    """A dispatch whose first exchange was started."""
+    """A dispatch whose first exchanges were started."""
+
+    meta: Pending
+    """Indices and routing weights."""
 
     rows: Tensor
     """Rows at the experts, as far as they arrived."""
@@ -64,19 +67,13 @@ class Arrived:
 
 @torch.no_grad()
 def start_dispatch(tokens: Tensor, weights: Tensor, copies: Numbered, plan: Plan, links: Links) -> Underway:
-    """Send pilots to other nodes and copies inside this one, with the indices and routing weights of all routes.
+    """Send the indices and routing weights of all routes; then pilots to other nodes and copies inside this one.
 
     Args: tokens [T, H]; weights [N] of the routes in expert order; what was chosen for them.
     """
-    layout = plan.dispatching
-    sent = sum(layout.direct.sent)
-    outgoing = take_rows(tokens, bypass_plan.rows_to_send(plan, plan.out.sends, sent))
-    bypass_plan.write_meta(outgoing, weights.to(wire_dtype(weights.dtype)), copies, plan)
-    first, forwarded, end = layout.at_experts
-    rows = tokens.new_empty(end, tokens.shape[1])
-    direct = links.direct(rows[first:forwarded], outgoing[:sent], layout.direct)
-    rows[:first] = tokens
-    return Underway(rows, direct)
+    outgoing = bypass_plan.write_meta(weights.to(wire_dtype(weights.dtype)), copies, plan)
+    meta = links.direct(outgoing.new_empty(sum(plan.counts.meta.received)), outgoing, plan.counts.meta)
+    return Underway(meta, *_send(tokens, plan, links))
 
 
 @torch.no_grad()
@@ -85,29 +82,36 @@ def finish_dispatch(underway: Underway, plan: Plan, links: Links, dtype: torch.d
 
     Args: `dtype` of the routing weights.
     """
-    rows, layout = underway.rows, plan.dispatching
-    _, forwarded, end = layout.at_experts
-    tables = plan.there  # made while the rows are on their way
-    underway.direct.wait()
-    *lists, pilots = bypass_plan.read_lists(plan, tables, rows)
-    inside = links.inside(rows[forwarded:end], take_rows(rows[:forwarded], pilots), layout.inside)
-    *routes, index, weights = bypass_plan.read_routes(plan, tables, rows)
-    inside.wait()
-    return Arrived(take_rows(rows, index), weights.to(dtype), Found(*routes, *lists))
+    meta = underway.meta.wait()
+    *lists, pilots = bypass_plan.read_lists(plan, meta)
+    *routes, of_routes, weights = bypass_plan.read_routes(plan, meta)
+    rows = _forward(underway.rows, underway.direct, pilots, of_routes, plan, links)
+    return Arrived(rows, weights.to(dtype), Found(*routes, *lists))
 
 
 def spread(tokens: Tensor, plan: Plan, found: Found, links: Links) -> Tensor:
     """Rows [M, H] of the routes from rows of the tokens [T, H], with the metadata of an earlier dispatch."""
-    layout = plan.returning
-    sent = sum(layout.direct.sent)
-    index = bypass_plan.rows_to_send(plan, plan.back.sends, sent)
-    first, forwarded, end = layout.at_experts
-    rows = tokens.new_empty(end, tokens.shape[1])
-    direct = links.direct(rows[first:forwarded], take_rows(tokens, index[:sent]), layout.direct)
-    rows[:first] = tokens
+    rows, direct = _send(tokens, plan, links)
     pilots, of_routes = bypass_plan.rows_to_forward(plan, found), bypass_plan.rows_of_routes(plan, found)
+    return _forward(rows, direct, pilots, of_routes, plan, links)
+
+
+def _send(tokens: Tensor, plan: Plan, links: Links) -> tuple[Tensor, Pending]:
+    """Rows at the experts, of which those of this rank's tokens [T, H] are there, and the exchange of direct ones."""
+    first, forwarded, end = plan.layout.at_experts
+    rows = tokens.new_empty(end, tokens.shape[1])
+    direct = links.direct(rows[first:forwarded], take_rows(tokens, plan.sources), plan.layout.direct)
+    rows[:first] = tokens
+    return rows, direct
+
+
+def _forward(
+    rows: Tensor, direct: Pending, pilots: Tensor, of_routes: Tensor, plan: Plan, links: Links
+) -> Tensor:
+    """Rows [M, H] at `of_routes` [M], once the direct ones came and the `pilots` [F] were forwarded inside the node."""
+    _, forwarded, end = plan.layout.at_experts
     direct.wait()
-    links.inside(rows[forwarded:], take_rows(rows[:forwarded], pilots), layout.inside).wait()
+    links.inside(rows[forwarded:end], take_rows(rows[:forwarded], pilots), plan.layout.inside).wait()
     return take_rows(rows, of_routes)
 
 
@@ -121,7 +125,9 @@ def collect(
     Returns:
         [T, H]; [N] the numbers of the routes that this rank sent, None without `weights`.
     """
-    tables, layout = (plan.back, plan.returning) if weights is None else (plan.there, plan.dispatching)
+    tables, layout = (
+        (plan.there, plan.layout) if weights is None else (plan.gradient, plan.layout_with_weights)
+    )
     _, forwarded, end = layout.at_experts
     back, total = layout.at_tokens
     summed = gather_sum(rows, bypass_plan.routes_of_rows(plan, found, tables, end))

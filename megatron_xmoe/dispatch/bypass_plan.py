@@ -1,8 +1,7 @@
 """Index arrays of redundancy bypassing: which rows to gather and to sum, from a layout and what arrived as metadata.
 
 Index arrays are looked up on the device in tables of `dispatch.bypass_tables`. Nothing here communicates or waits for a
-device. Meta rows hold, for each rank, lists of pilots to forward, by who gets them; then a *record* for each route: its
-word and its weight.
+device. Of metadata and weight rows see `dispatch.layout`.
 
 Letters: T tokens, K routes per token, N routes sent, M routes received, F rows to forward, G ranks, R ranks of the
 largest node, J ranks of this node, L experts of a rank, S most routes of a copy, B = G * R + 2 bins (see
@@ -18,13 +17,13 @@ from numpy import ndarray
 from torch import Tensor
 
 from megatron_xmoe.dispatch.bypass_tables import (
-    BackTables,
     InTables,
     OutTables,
     RowTables,
-    back_tables,
+    WeightTables,
     in_tables,
     out_tables,
+    weight_tables,
 )
 from megatron_xmoe.dispatch.layout import Counts, Layout
 from megatron_xmoe.dispatch.pilots import Places
@@ -55,38 +54,45 @@ class Plan:
     """Whether received routes stay in order of arrival (source, expert) instead of (expert, source)."""
 
     @cached_property
-    def dispatching(self) -> Layout:
-        """Of the dispatch and its gradient."""
-        return Layout(self.counts, meta=True)
+    def layout(self) -> Layout:
+        """Of all exchanges of rows but those of the dispatch's gradient."""
+        return Layout(self.counts)
 
     @cached_property
-    def returning(self) -> Layout:
-        """Of the combine and its gradient."""
-        return Layout(self.counts, meta=False)
+    def layout_with_weights(self) -> Layout:
+        """Of the dispatch's gradient."""
+        return Layout(self.counts, weights=True)
 
     @cached_property
     def out(self) -> OutTables:
-        """Of the dispatch, for what is sent first."""
-        return OutTables(**self._on_device(out_tables(self.dispatching)))
+        """For what is sent first."""
+        return OutTables(**self._on_device(out_tables(self.layout)))
 
     @cached_property
     def there(self) -> InTables:
-        """Of the dispatch, for what arrives, and of its gradient."""
-        return InTables(**self._on_device(in_tables(self.dispatching, self.arrival_order)))
+        """For what arrives, and for what returns of it."""
+        return InTables(**self._on_device(in_tables(self.layout, self.arrival_order)))
 
     @cached_property
-    def back(self) -> BackTables:
-        """Of the combine and its gradient."""
-        return BackTables(**self._on_device(back_tables(self.returning)))
+    def gradient(self) -> WeightTables:
+        """For the dispatch's gradient."""
+        return WeightTables(**self._on_device(weight_tables(self.layout_with_weights, self.arrival_order)))
+
+    @cached_property
+    def sources(self) -> Tensor:
+        """[rows] int64: token of each direct row that is sent."""
+        rows = sum(self.layout.direct.sent)
+        # one more row takes what has no place
+        return operation("sources_of_rows", self.bins)(self.bins, self.number, self.out.sends, rows + 1)[:rows]
 
     @cached_property
     def received(self) -> tuple[int, int]:
         """M and F."""
         return int(self.counts.route_sizes[1].sum()), int(self.counts.list_sizes[1].sum())
 
-    def prepare_return(self) -> None:
-        """Make the tables of the combine now, where the host has time, and not between the experts and it."""
-        _ = self.back
+    def prepare_gradient(self) -> None:
+        """Make the tables of the dispatch's gradient now, where the host has time."""
+        _ = self.gradient
 
     def _on_device(self, arrays: dict[str, ndarray]) -> dict[str, Tensor]:
         """The arrays, int64, in one transfer, which the host does not wait for."""
@@ -99,7 +105,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Found:
-    """What a rank read from the meta rows it got. Routes in the order in which the experts get them."""
+    """What a rank read from the metadata it got. Routes in the order in which the experts get them."""
 
     segment: Tensor
     """[M] int64: the (expert, source), or (source, expert), of a route."""
@@ -125,44 +131,39 @@ def tokens_table(plan: Plan, tables: RowTables) -> Tensor:
     return tables.sums[plan.bins] + plan.number
 
 
-def rows_to_send(plan: Plan, sends: Tensor, rows: int) -> Tensor:
-    """[rows + 1] int64: token of each direct row that is sent, -1 for meta rows; and a row for what has no place."""
-    return operation("sources_of_rows", plan.bins)(plan.bins, plan.number, sends, rows + 1)
-
-
-def write_meta(rows: Tensor, weights: Tensor, copies: Numbered, plan: Plan) -> None:
-    """Write the meta rows of a dispatch among `rows` to send, behind which there is one more.
-
-    Args: weights [N] in a type for the wire.
-    """
-    operation("write_meta", rows)(
-        units_of(rows), copies.bins, copies.number, copies.pilot_number, plan.out.list_out, copies.words,
-        weights.contiguous(), plan.expert_ids, plan.out.routes_out, plan.places.experts_per_rank,
+def write_meta(weights: Tensor, copies: Numbered, plan: Plan) -> Tensor:
+    """[words] int32: the metadata that is sent. Args: weights [N] in a type for the wire."""
+    words = sum(plan.counts.meta.sent)
+    meta = plan.number.new_empty(words + 1)  # one more word takes what has no place
+    operation("write_meta", meta)(
+        meta, copies.bins, copies.number, copies.pilot_number, plan.out.list_out, copies.words, weights.contiguous(),
+        plan.expert_ids, plan.out.routes_out, plan.places.experts_per_rank,
     )  # fmt: skip
+    return meta[:words]
 
 
-def read_lists(plan: Plan, tables: InTables, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def read_lists(plan: Plan, meta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The lists of rows to forward: Found's `list_segment` and `list_number`, and the rows [F] of their pilots, from
-    rows at the experts."""
-    return operation("read_lists", rows)(
-        units_of(rows), tables.list_ends, tables.list_in, tables.list_rows, plan.received[1]
+    metadata [words] that arrived."""
+    tables = plan.there
+    return operation("read_lists", meta)(
+        meta, tables.list_ends, tables.list_in, tables.list_rows, plan.received[1]
     )
 
 
-def read_routes(
-    plan: Plan, tables: InTables, rows: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def read_routes(plan: Plan, meta: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Found's `segment`, `copy`, `number` and `slotted`, the row [M] of each route's copy and the weights [M] in the
-    wire's type, from rows at the experts."""
-    return operation("read_routes", rows)(
-        units_of(rows), tables.route_ends, tables.routes_in, tables.sources, tables.copies, plan.received[0],
+    wire's type, from metadata [words] that arrived."""
+    tables = plan.there
+    return operation("read_routes", meta)(
+        meta, tables.route_ends, tables.routes_in, tables.sources, tables.copies, plan.received[0],
         plan.places.width, plan.slots, plan.counts.weight_bytes,
     )  # fmt: skip
 
 
 def rows_of_routes(plan: Plan, found: Found) -> Tensor:
-    """[M] int64: row, at the experts, of each route's copy in the gradient of the combine."""
-    return plan.back.copies[found.copy] + found.number
+    """[M] int64: row, at the experts, of each route's copy."""
+    return plan.there.copies[found.copy] + found.number
 
 
 def routes_of_rows(plan: Plan, found: Found, tables: RowTables, rows: int) -> Tensor:
@@ -171,8 +172,8 @@ def routes_of_rows(plan: Plan, found: Found, tables: RowTables, rows: int) -> Te
 
 
 def rows_to_forward(plan: Plan, found: Found) -> Tensor:
-    """[F] int64: row, at the experts, of the pilot of each row that is forwarded in the gradient of the combine."""
-    return plan.back.list_rows[:, 0][found.list_segment] + found.list_number
+    """[F] int64: row, at the experts, of the pilot of each row that is forwarded."""
+    return plan.there.list_rows[:, 0][found.list_segment] + found.list_number
 
 
 def parts_of_sums(plan: Plan, found: Found, tables: RowTables, layout: Layout) -> Tensor:
@@ -186,12 +187,12 @@ def parts_of_sums(plan: Plan, found: Found, tables: RowTables, layout: Layout) -
 
 def return_weights(plan: Plan, found: Found, weights: Tensor, rows: Tensor) -> None:
     """Write weights [M] of received routes into the direct `rows` that return to where they came from."""
-    operation("write_weights", rows)(units_of(rows), found.segment, weights.contiguous(), plan.there.weights_in)
+    operation("write_weights", rows)(units_of(rows), found.segment, weights.contiguous(), plan.gradient.weights_in)
 
 
 def returned_weights(plan: Plan, rows: Tensor) -> Tensor:
     """The weights [N] of sent routes that returned among the direct `rows`, in the wire's type."""
     return operation("read_weights", rows)(
-        units_of(rows), plan.expert_ids, plan.out.routes_out, plan.places.experts_per_rank,
+        units_of(rows), plan.expert_ids, plan.gradient.weights_out, plan.places.experts_per_rank,
         plan.counts.weight_bytes,
     )  # fmt: skip

@@ -1,7 +1,6 @@
-"""Tables of redundancy bypassing: where rows and records begin, made on the host out of a layout, for index arrays.
+"""Tables of redundancy bypassing: where rows, words and weights begin, made on the host, for index arrays.
 
-Made as late as they may be, and sent to the device by `bypass_plan.Plan`. Positions of bits are counted in units, see
-`ops.raw_bits`; the letters are those of `bypass_plan`.
+Made as late as they may be, and sent to the device by `bypass_plan.Plan`. The letters are those of `bypass_plan`.
 """
 
 from dataclasses import dataclass
@@ -10,25 +9,26 @@ import numpy as np
 from numpy import ndarray
 from torch import Tensor
 
-from megatron_xmoe.dispatch.layout import Counts, Layout, starts
+from megatron_xmoe.dispatch.layout import Layout, starts
 from megatron_xmoe.dispatch.pilots import Places
 from megatron_xmoe.ops.bypass import FAR
 from megatron_xmoe.ops.raw_bits import unit_bytes
 
 
-# Tables on the device, int64. Records and lists begin at a unit, less those before them: for numbers of all.
+# Tables on the device, int64. Lists, records and weights begin at a position, less those before them: for numbers of
+# all. Those of metadata are words; those of weights are units of the direct rows, see ops.raw_bits.
 @dataclass(frozen=True)
 class OutTables:
-    """What a dispatch needs to send its rows."""
+    """What a rank needs to send."""
 
     sends: Tensor
     """[B]: first of the direct rows to send that are in a bin; FAR for others."""
 
     list_out: Tensor
-    """[B]: where the list of a bin begins among them, FAR for others."""
+    """[B]: where the list of a bin begins, FAR for others."""
 
     routes_out: Tensor
-    """[G]: where records for a rank begin among them."""
+    """[G]: where records for a rank begin."""
 
 
 @dataclass(frozen=True)
@@ -49,16 +49,16 @@ class RowTables:
 
 @dataclass(frozen=True)
 class InTables(RowTables):
-    """What a dispatch needs for the rows that arrive, and its gradient for those that return."""
+    """What a rank needs for what arrives."""
 
     list_in: Tensor
-    """[J * G]: where lists of a place and source begin, at the experts."""
+    """[J * G]: where lists of a place and source begin."""
 
     list_ends: Tensor
     """[J * G]: rows to forward of the segments up to each; the last one is F."""
 
     routes_in: Tensor
-    """[L * G]: where records of a segment begin, at the experts."""
+    """[L * G]: where records of a segment begin."""
 
     route_ends: Tensor
     """[L * G]: received routes of the segments up to each; the last one is M."""
@@ -66,22 +66,16 @@ class InTables(RowTables):
     sources: Tensor
     """[L * G]: rank of a segment's tokens * J."""
 
-    weights_in: Tensor
-    """[L * G]: routes_in among the direct rows."""
-
 
 @dataclass(frozen=True)
-class BackTables(RowTables):
-    """What the combine and its gradient need."""
+class WeightTables(RowTables):
+    """What the gradient of a dispatch needs, which returns weights."""
 
-    sends: Tensor
-    """See OutTables."""
+    weights_in: Tensor
+    """[L * G]: where weights of a segment begin at the experts."""
 
-
-def units_of_numbers(counts: Counts) -> tuple[int, int, int]:
-    """Units of a row, of an index and of a record."""
-    size = unit_bytes(counts.row_bytes)
-    return counts.row_bytes // size, 4 // size, (4 + counts.weight_bytes) // size
+    weights_out: Tensor
+    """[G]: where weights of a rank begin at the tokens."""
 
 
 def by_bin(places: Places, of_ranks: ndarray) -> ndarray:
@@ -89,6 +83,17 @@ def by_bin(places: Places, of_ranks: ndarray) -> ndarray:
     table = np.full(places.ranks * places.width + 2, FAR)
     table[places.own_bins] = of_ranks
     return table
+
+
+def out_tables(layout: Layout) -> dict[str, ndarray]:
+    """See OutTables."""
+    counts, places = layout.counts, layout.counts.places
+    begins = starts(counts.meta_words[0])
+    list_out = np.full(places.ranks * places.width + 2, FAR)
+    list_out[:-2] = (begins[:, None] + starts(counts.lists[0], 1)).ravel()
+    list_out[places.own_bins] = FAR
+    routes_out = begins + counts.list_sizes[0] - starts(counts.route_sizes[0]) * counts.record
+    return {"sends": by_bin(places, layout.sent_to), "list_out": list_out, "routes_out": routes_out}
 
 
 def row_tables(layout: Layout) -> dict[str, ndarray]:
@@ -103,46 +108,41 @@ def row_tables(layout: Layout) -> dict[str, ndarray]:
     return {"list_rows": list_rows.reshape(-1, 2), "copies": layout.copies.ravel(), "sums": sums}
 
 
-def out_tables(layout: Layout) -> dict[str, ndarray]:
-    """See OutTables."""
-    counts, places = layout.counts, layout.counts.places
-    units, word, record = units_of_numbers(counts)
-    list_out = np.full(places.ranks * places.width + 2, FAR)
-    list_out[:-2] = ((layout.meta_out * units)[:, None] + starts(counts.lists[0], 1) * word).ravel()
-    list_out[places.own_bins] = FAR
-    routes_out = layout.meta_out * units + counts.list_sizes[0] * word - starts(counts.route_sizes[0]) * record
-    return {"sends": by_bin(places, layout.sent_to), "list_out": list_out, "routes_out": routes_out}
-
-
-def routes_in(layout: Layout, arrival_order: bool) -> tuple[ndarray, ndarray, ndarray]:
-    """[L * G] of each segment: where its records begin, less those before; its routes; the rank of its tokens."""
-    counts, (units, word, record) = layout.counts, units_of_numbers(layout.counts)
-    sizes = counts.routes[1]
-    begins = (layout.meta_in * units + counts.list_sizes[1] * word)[:, None] + starts(sizes, 1) * record
-    sources = np.broadcast_to(np.arange(len(sizes))[:, None], sizes.shape)
-    if not arrival_order:
-        begins, sizes, sources = begins.T, sizes.T, sources.T
-    sizes = sizes.ravel()
-    return begins.ravel() - starts(sizes) * record, sizes, sources.ravel()
-
-
 def in_tables(layout: Layout, arrival_order: bool) -> dict[str, ndarray]:
     """See InTables."""
     counts, members = layout.counts, len(layout.counts.places.members)
-    units, word, _ = units_of_numbers(counts)
-    lists = counts.lists[1, :, :members]
-    list_in, list_sizes = (layout.meta_in * units)[:, None] + starts(lists, 1) * word, lists.T.ravel()
-    begins, sizes, sources = routes_in(layout, arrival_order)
+    begins, lists = starts(counts.meta_words[1]), counts.lists[1, :, :members]
+    list_in, list_sizes = begins[:, None] + starts(lists, 1), lists.T.ravel()
+    routes_in, sizes = segments(begins + counts.list_sizes[1], counts.routes[1], counts.record, arrival_order)
+    sources = np.broadcast_to(np.arange(len(begins))[:, None] * members, counts.routes[1].shape)
     return row_tables(layout) | {
-        "list_in": list_in.T.ravel() - starts(list_sizes) * word,
+        "list_in": list_in.T.ravel() - starts(list_sizes),
         "list_ends": list_sizes.cumsum(),
-        "routes_in": begins,
+        "routes_in": routes_in,
         "route_ends": sizes.cumsum(),
-        "sources": sources * members,
-        "weights_in": begins - counts.tokens * units,
+        "sources": (sources if arrival_order else sources.T).ravel(),
     }
 
 
-def back_tables(layout: Layout) -> dict[str, ndarray]:
-    """See BackTables."""
-    return row_tables(layout) | {"sends": by_bin(layout.counts.places, layout.sent_to)}
+def weight_tables(layout: Layout, arrival_order: bool) -> dict[str, ndarray]:
+    """See WeightTables."""
+    counts, unit = layout.counts, unit_bytes(layout.counts.row_bytes)
+    size = counts.weight_bytes // unit
+    sent, arrived = layout.weights_at * (counts.row_bytes // unit)
+    return row_tables(layout) | {
+        "weights_in": segments(arrived, counts.routes[1], size, arrival_order)[0],
+        "weights_out": sent - starts(counts.route_sizes[0]) * size,
+    }
+
+
+def segments(begins: ndarray, sizes: ndarray, length: int, arrival_order: bool) -> tuple[ndarray, ndarray]:
+    """[L * G] of each segment in the order of the routes received: where what it has of them begins, less what is
+    before; its routes.
+
+    Args: where each source's begins [G]; routes [G, L]; what a route takes there.
+    """
+    begins = begins[:, None] + starts(sizes, 1) * length
+    if not arrival_order:
+        begins, sizes = begins.T, sizes.T
+    sizes = sizes.ravel()
+    return begins.ravel() - starts(sizes) * length, sizes

@@ -6,10 +6,13 @@ A pass *spreads* rows of tokens to experts (dispatch; backward of combine) and *
     at the experts:  [ tokens of this rank | direct | forwarded ]
     at the tokens:   [ tokens of this rank | direct | forwarded, sent | direct, sent ]
 
-"Direct" rows go from the tokens' rank to another over the whole group: by source rank, pilots from other nodes, copies
-from the own one, and then, in the dispatch, *meta rows*: raw bits of indices and routing weights. "Forwarded" are the
-copies that pilots' ranks send on inside their node. A rank's copies for itself are not sent: its tokens are in the
-buffer; only its meta rows are.
+"Direct" rows go from the tokens' rank to another over the whole group, by source rank: pilots from other nodes, copies
+from the own one. Where gradients of routing weights return with them, *weight rows* follow those of each rank: raw bits
+of these. "Forwarded" are the copies that pilots' ranks send on inside their node. A rank's copies for itself are not
+sent: its tokens are in the buffer; only its weight rows are.
+
+Indices and routing weights have an exchange of their own, of 4-byte words: for each rank the rows that it shall
+forward, by who gets them, then a record for each route: its word (see `ops.bypass.Numbered`) and its weight.
 
 Letters: G ranks of the group, R of the largest node, L experts of a rank, J ranks of this node.
 """
@@ -69,11 +72,25 @@ class Counts:
         """[2, G]: sums of the routes over the experts."""
         return self.routes.sum(2)
 
+    @property
+    def record(self) -> int:
+        """Words of a record."""
+        return 1 + self.weight_bytes // 4
+
     @cached_property
-    def meta_rows(self) -> ndarray:
-        """[2, G]: rows of raw bits: 4 bytes a row to forward, 4 and a weight a route."""
-        size = 4 * self.list_sizes + (4 + self.weight_bytes) * self.route_sizes
-        return (size + self.row_bytes - 1) // self.row_bytes
+    def meta_words(self) -> ndarray:
+        """[2, G]: words of indices and routing weights."""
+        return self.list_sizes + self.record * self.route_sizes
+
+    @cached_property
+    def weight_rows(self) -> ndarray:
+        """[2, G]: rows that hold a weight of each route."""
+        return (self.weight_bytes * self.route_sizes + self.row_bytes - 1) // self.row_bytes
+
+    @cached_property
+    def meta(self) -> "Splits":
+        """Words over the group."""
+        return Splits(*self.meta_words.tolist())
 
 
 @dataclass(frozen=True)
@@ -97,13 +114,13 @@ class Layout:
     """
 
     counts: Counts
-    meta: bool
-    """Whether there are meta rows."""
+    weights: bool = False
+    """Whether there are weight rows."""
 
     @cached_property
     def sizes(self) -> ndarray:
         """[2, G]: direct rows to and from each rank."""
-        return self.counts.rows + self.counts.meta_rows if self.meta else self.counts.rows
+        return self.counts.rows + self.counts.weight_rows if self.weights else self.counts.rows
 
     @cached_property
     def direct(self) -> Splits:
@@ -135,19 +152,15 @@ class Layout:
         return starts(self.sizes[0])
 
     @cached_property
-    def meta_out(self) -> ndarray:
-        """[G] among the direct rows that are sent: meta rows for each rank."""
-        return self.sent_to + self.counts.rows[0]
-
-    @cached_property
     def arrived(self) -> ndarray:
         """[G] at the experts: direct rows of each source."""
         return self.counts.tokens + starts(self.sizes[1])
 
     @cached_property
-    def meta_in(self) -> ndarray:
-        """[G] at the experts: meta rows of each source."""
-        return self.arrived + self.counts.rows[1]
+    def weights_at(self) -> ndarray:
+        """[2, G]: first weight row for each rank among the direct rows that are sent; of each source among those that
+        arrive."""
+        return starts(self.sizes, 1) + self.counts.rows
 
     @cached_property
     def copies(self) -> ndarray:

@@ -38,10 +38,9 @@ LARGEST_WORD = 2**31 - 1
 class RedundancyBypassDispatcher(PaddingFreeDispatcher):
     """Sends a token once to each other node and once to each rank of a node, and sums its results the same way back.
 
-    Five exchanges forward: counts; pilots to other nodes, and copies inside the own one; copies of what other nodes
-    sent; and two for the way back. Four backward. Indices and routing weights travel with the rows, at most 16 bytes a
-    route, rounded up to whole rows for each rank. The counts say the sizes of all of them, so the host waits for the
-    device once, and not at all in the backward pass.
+    Six exchanges forward: counts; indices and routing weights, at most 16 bytes a route; pilots to other nodes, and
+    copies inside the own one; copies of what other nodes sent; and two for the way back. Four backward. The counts say
+    the sizes of all of them, so the host waits for the device once, and not at all in the backward pass.
 
     Experts get their rows in the same order as from the plain dispatcher. Sums are rounded once on each level.
     """
@@ -133,7 +132,8 @@ class RedundancyBypassDispatcher(PaddingFreeDispatcher):
         if self.overlap and self.shared_experts is not None:
             self.shared_experts.linear_fc1_forward_and_act()
         arrived = finish_dispatch(underway, plan, self.links, probs.dtype)
-        plan.prepare_return()
+        if torch.is_grad_enabled():
+            plan.prepare_gradient()
         self.state = replace(self.state, copies=None, found=arrived.found)
         rows, weights = Dispatch.apply(hidden_states, probs, arrived, plan, self.links)
         if not self.overlap and self.shared_experts is not None:
@@ -178,8 +178,8 @@ class RedundancyBypassDispatcher(PaddingFreeDispatcher):
         remote = counts.places.remote
         other = np.arange(self.ep_size) != self.ep_rank
         rows, routes = counts.rows[0], counts.route_sizes[0]
-        # besides meta rows, each rank gets its counts
-        metadata = counts.meta_rows[0] * counts.row_bytes + counts.told.shape[2] * counts.told.itemsize
+        # besides indices and weights, each rank gets its counts
+        metadata = 4 * counts.meta_words[0] + counts.told.shape[2] * counts.told.itemsize
         return Traffic(
             routes=int(routes.sum()),
             routes_remote=int(routes[remote].sum()),

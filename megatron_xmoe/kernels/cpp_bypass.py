@@ -24,19 +24,19 @@ def sources_of_rows(bins: Tensor, *args) -> Tensor:
     return _call("sources_of_rows", bins, *args)
 
 
-def write_meta(units: Tensor, *args) -> None:
+def write_meta(meta: Tensor, *args) -> None:
     """See `kernels.reference_bypass.write_meta`."""
-    _call("write_meta", units, *args)
+    _call("write_meta", meta, *args)
 
 
-def read_lists(units: Tensor, *args) -> tuple[Tensor, Tensor, Tensor]:
+def read_lists(meta: Tensor, *args) -> tuple[Tensor, Tensor, Tensor]:
     """See `kernels.reference_bypass.read_lists`."""
-    return _call("read_lists", units, *args)
+    return _call("read_lists", meta, *args)
 
 
-def read_routes(units: Tensor, *args) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def read_routes(meta: Tensor, *args) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See `kernels.reference_bypass.read_routes`."""
-    return _call("read_routes", units, *args)
+    return _call("read_routes", meta, *args)
 
 
 def routes_of_rows(copy: Tensor, *args) -> Tensor:

@@ -6,8 +6,8 @@ received, F rows to forward, S segments.
 
 A *bin* is what copies are numbered by: rank * R + place of who gets it, where rank is that of the pilot; G * R for
 copies that stay, -1 for none. A table by bin has G * R + 2 entries, so that -1 is its last one. Negative indices count
-from the end, as torch has it. Buffers are seen as flat arrays of *units*, of 4 or 2 bytes, see `ops.raw_bits`; a
-*record* is a word of 4 bytes and a weight.
+from the end, as torch has it. Metadata are 4-byte words: lists of rows to forward, and *records* of a word and a
+weight. Rows with weights are seen as flat arrays of *units*, see `ops.raw_bits`.
 """
 
 import torch
@@ -90,43 +90,43 @@ def sources_of_rows(bins: Tensor, number: Tensor, table: Tensor, rows: int) -> T
 
 
 def write_meta(
-    units: Tensor, bins: Tensor, number: Tensor, pilot_number: Tensor, list_out: Tensor, words: Tensor,
+    meta: Tensor, bins: Tensor, number: Tensor, pilot_number: Tensor, list_out: Tensor, words: Tensor,
     weights: Tensor, expert_ids: Tensor, routes_out: Tensor, local: int,
 ) -> None:  # fmt: skip
-    """Write lists and records into a buffer of units, which lie before the last one.
+    """Write lists and records into words of metadata, before the last one.
 
     Args:
+        meta: [words] int32.
         bins, number, pilot_number, words: of `Numbered`.
         list_out: [G * R + 2] where each bin's list begins, FAR for none.
         weights: [N] contiguous; expert_ids: [N].
         routes_out: [G] where the records of a rank begin, less the records before them.
         local: L.
     """
-    total, word, nowhere = weights.shape[0], 4 // units.itemsize, units.shape[0] - 1
-    at = torch.add(list_out[bins], number, alpha=word)
-    units[_following(at, word).clamp_(max=nowhere)] = as_units(pilot_number, units.dtype)
-    values = torch.cat([as_units(words[:total], units.dtype), as_units(weights, units.dtype)], dim=1)
-    units[_records(routes_out[expert_ids // local], values.shape[1])] = values
+    meta[(list_out[bins] + number).clamp_(max=meta.shape[0] - 1)] = pilot_number
+    records = torch.cat([words[: weights.shape[0], None], as_units(weights, torch.int32)], dim=1)
+    meta[_consecutive(routes_out[expert_ids // local], records.shape[1])] = records
 
 
 def read_lists(
-    units: Tensor, ends: Tensor, list_in: Tensor, list_rows: Tensor, total: int
+    meta: Tensor, ends: Tensor, list_in: Tensor, list_rows: Tensor, total: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Segments [F] int64 and numbers [F] int32 of rows to forward; the rows [F] int64 of their pilots.
 
     Args:
+        meta: [words] int32 that arrived.
         ends: [S] rows of the segments up to each, the last one F.
         list_in: [S] where each segment's list begins, less the entries before it.
         list_rows: [S, 2] of `RowTables`.
         total: F.
     """
     segment = torch.searchsorted(ends, torch.arange(total, device=ends.device), right=True)
-    number = read_units(units, _records(list_in[segment], 4 // units.itemsize), torch.int32)
+    number = meta[_consecutive(list_in[segment], 1)].squeeze(1)
     return segment, number, list_rows[:, 0][segment] + number
 
 
 def read_routes(
-    units: Tensor, ends: Tensor, routes_in: Tensor, sources: Tensor, copies: Tensor, total: int, width: int, slots: int,
+    meta: Tensor, ends: Tensor, routes_in: Tensor, sources: Tensor, copies: Tensor, total: int, width: int, slots: int,
     weight_bytes: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Records [M]: `segment`, `copy`, `number` and `slotted` of `Found`; row of the copy int64; weight.
@@ -134,12 +134,11 @@ def read_routes(
     Args: as for the lists; sources [S] of each segment; copies, of `RowTables`; M; R; most routes of a copy; 4 for
         weights in fp32, 8 in fp64.
     """
-    word, weight = 4 // units.itemsize, weight_bytes // units.itemsize
     segment = torch.searchsorted(ends, torch.arange(total, device=ends.device), right=True)
-    at = _records(routes_in[segment], word + weight)
-    place, number, slotted = read_words(read_units(units, at[:, :word], torch.int32), width, slots)
+    at = _consecutive(routes_in[segment], 1 + weight_bytes // 4)
+    place, number, slotted = read_words(meta[at[:, 0]], width, slots)
     copy = sources[segment] + place
-    weights = read_units(units, at[:, word:], _weight_dtype(weight_bytes))
+    weights = read_units(meta, at[:, 1:], _weight_dtype(weight_bytes))
     return segment, copy, number, slotted, copies[copy] + number, weights
 
 
@@ -175,15 +174,19 @@ def parts_of_sums(
 
 
 def write_weights(units: Tensor, segment: Tensor, weights: Tensor, begins: Tensor) -> None:
-    """Write weights [M] into the records of their segments. Args: begins [S] as in read_routes."""
-    word, weight = 4 // units.itemsize, weights.itemsize // units.itemsize
-    units[_records(begins[segment], word + weight)[:, word:]] = as_units(weights, units.dtype)
+    """Write weights [M] of received routes into rows seen as units.
+
+    Args: segment [M] of each route; begins [S] where a segment's weights begin, less those before them.
+    """
+    units[_consecutive(begins[segment], weights.itemsize // units.itemsize)] = as_units(weights, units.dtype)
 
 
-def read_weights(units: Tensor, expert_ids: Tensor, routes_out: Tensor, local: int, weight_bytes: int) -> Tensor:
-    """The weights [N] that `write_meta` put into records. Args: as there, and for read_routes."""
-    word, weight = 4 // units.itemsize, weight_bytes // units.itemsize
-    at = _records(routes_out[expert_ids // local], word + weight)[:, word:]
+def read_weights(units: Tensor, expert_ids: Tensor, begins: Tensor, local: int, weight_bytes: int) -> Tensor:
+    """The weights [N] of sent routes out of rows seen as units.
+
+    Args: expert_ids [N]; begins [G] where a rank's weights begin, less those before them; L; 4 for fp32, 8 for fp64.
+    """
+    at = _consecutive(begins[expert_ids // local], weight_bytes // units.itemsize)
     return read_units(units, at, _weight_dtype(weight_bytes))
 
 
@@ -197,14 +200,10 @@ def read_units(units: Tensor, index: Tensor, dtype: torch.dtype) -> Tensor:
     return units[index].view(dtype).squeeze(1)
 
 
-def _records(first: Tensor, size: int) -> Tensor:
-    """[N, size]: units of each of N records of this size; `first` [N] of the first one, less those before."""
-    return _following(torch.add(first, torch.arange(first.shape[0], device=first.device), alpha=size), size)
-
-
-def _following(at: Tensor, count: int) -> Tensor:
-    """[..., count]: the units from each position [...] on."""
-    return at.unsqueeze(-1) + torch.arange(count, device=at.device)
+def _consecutive(first: Tensor, size: int) -> Tensor:
+    """[N, size]: positions of N things of this size; `first` [N]: where each would be, less those before it."""
+    at = torch.add(first, torch.arange(first.shape[0], device=first.device), alpha=size)
+    return at.unsqueeze(-1) + torch.arange(size, device=at.device)
 
 
 def _weight_dtype(weight_bytes: int) -> torch.dtype:

@@ -1,4 +1,4 @@
-"""Numbers as raw bits in rows of another type: how indices and routing weights travel in the same exchange as rows.
+"""Numbers as raw bits in rows of another type: how gradients of routing weights travel in the same exchange as rows.
 
 A buffer is looked at as a flat array of *units*, of 4 bytes where a row is a whole number of these, otherwise of 2.
 """

@@ -107,8 +107,8 @@ def check(placed: Placed, results: dict, rank: int) -> None:
     plain, other = (dict(results[name]) for name in ("alltoall", placed.dispatcher))
     begun = other.pop("exchanges before shared experts")
     plain.pop("exchanges before shared experts")
-    if placed.case.overlap and placed.bypasses:  # counts and pilots; in turn also what is passed on inside the node
-        assert begun == [2 if placed.overlap == "on" else 3]
+    if placed.case.overlap and placed.bypasses:  # counts, metadata, pilots; in turn also what is passed on
+        assert begun == [3 if placed.overlap == "on" else 4]
     assert plain.pop("dispatcher") == "AllToAllDispatcher"
     bypasses = placed.bypasses and rank not in placed.plain
     assert other.pop("dispatcher") == ("RedundancyBypassDispatcher" if bypasses else "AllToAllDispatcher")

@@ -80,24 +80,28 @@ def check_gradients(case: Passage, ranks: list[dict]) -> None:
 
 
 def check_exchanges(case: Passage, rank: int, result: dict) -> None:
-    """Five exchanges forward and four backward, and one transfer to the host."""
+    """Six exchanges forward and four backward, and one transfer to the host."""
     forward, backward = result["rbd"]["forward"], result["rbd"]["backward"]
     alone = case.node_of.count(case.node_of[rank]) == 1  # a group of one exchanges nothing
-    assert (len(forward[0]), len(backward[0])) == ((3, 2) if alone else (5, 4))
+    assert (len(forward[0]), len(backward[0])) == ((4, 2) if alone else (6, 4))
     # one look at what was transferred
     assert forward[1] == ["cpu", "numpy"] and backward[1] == []
 
 
 def check_rows(case: Passage, rank: int, result: dict) -> None:
-    """A row for each (token, remote node) and (token, other rank of the node); at most 16 bytes a route besides."""
+    """A row for each (token, remote node) and (token, other rank of the node); at most 16 bytes a route besides, and
+    back as many rows as a weight for each route takes."""
     world = tuple(range(len(case.node_of)))
     calls = [call for part in ("forward", "backward") for call in result["rbd"][part][0]]
-    dispatch, combine, combine_back, dispatch_back = (c for c in calls if c.group == world and c.sent is not None)
+    meta, dispatch, combine, combine_back, dispatch_back = (
+        call for call in calls if call.group == world and call.sent is not None
+    )
     assert combine.received_rows == sum(combine_back.sent)
-    assert dispatch_back.received_rows == sum(dispatch.sent)
+    assert dispatch.sent == combine_back.sent
     routing_map = input_of(case, rank)[1]
     routes = [int(routing_map[:, there * case.local : (there + 1) * case.local].sum()) for there in world]
-    row_bytes = case.hidden * case.dtype.itemsize
+    row_bytes, weight_bytes = case.hidden * case.dtype.itemsize, 8 if case.dtype == torch.float64 else 4
+    assert dispatch_back.received_rows == sum(dispatch.sent) + sum(-(-n * weight_bytes // row_bytes) for n in routes)
     abroad = [there for there in world if case.node_of[there] != case.node_of[rank]]
     assert sum(combine_back.sent[there] for there in abroad) == pairs_abroad(case, rank)
     for there in world:
@@ -106,8 +110,8 @@ def check_rows(case: Passage, rank: int, result: dict) -> None:
             assert combine_back.sent[there] == (0 if there == rank else int(here.sum()))
     for ranks in (abroad, sorted({*world} - {*abroad})):
         of_ranks = sum(routes[there] for there in ranks)
-        metadata = sum(dispatch.sent[there] - combine_back.sent[there] for there in ranks) * row_bytes
-        assert (8 * of_ranks if row_bytes >= 8 else 0) <= metadata < 16 * of_ranks + row_bytes * len(ranks) + 1
+        metadata = 4 * sum(meta.sent[there] for there in ranks)
+        assert (4 + weight_bytes) * of_ranks <= metadata <= (8 + weight_bytes) * of_ranks
 
 
 def pairs_abroad(case: Passage, rank: int) -> int:

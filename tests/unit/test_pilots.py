@@ -157,28 +157,29 @@ def world_of_counts(node_of, local, topk, row_bytes=64, weight_bytes=4) -> list[
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("meta", [False, True])
+@pytest.mark.parametrize("weights", [False, True])
 @pytest.mark.parametrize(("local", "topk"), SIZES)
 @pytest.mark.parametrize("node_of", PLACEMENTS, ids=str)
-def test_ranks_agree_on_sizes(node_of, local, topk, meta):
+def test_ranks_agree_on_sizes(node_of, local, topk, weights):
     """What a rank sends to another is what that one receives from it, in every exchange."""
-    layouts = [Layout(counts, meta) for counts in world_of_counts(node_of, local, topk)]
+    layouts = [Layout(counts, weights) for counts in world_of_counts(node_of, local, topk)]
     for s, sender in enumerate(layouts):
         for d, receiver in enumerate(layouts):
             assert sender.direct.sent[d] == receiver.direct.received[s]
-            if s == d and not meta:
+            assert sender.counts.meta.sent[d] == receiver.counts.meta.received[s]
+            if s == d and not weights:
                 assert sender.direct.sent[d] == 0
             if node_of[s] == node_of[d]:
                 here = [r for r, node in enumerate(node_of) if node == node_of[s]]
                 assert sender.inside.sent[here.index(d)] == receiver.inside.received[here.index(s)]
 
 
-@pytest.mark.parametrize("meta", [False, True])
+@pytest.mark.parametrize("weights", [False, True])
 @pytest.mark.parametrize("node_of", PLACEMENTS, ids=str)
-def test_sections_do_not_overlap(node_of, meta):
-    """At the experts, every row belongs to one copy or is a meta row, and the sections are filled to the last row."""
+def test_sections_do_not_overlap(node_of, weights):
+    """At the experts, every row belongs to one copy or is a weight row, and the sections are filled to the last row."""
     for counts in world_of_counts(node_of, 2, 3):
-        layout, places = Layout(counts, meta), counts.places
+        layout, places = Layout(counts, weights), counts.places
         taken = Counter(range(counts.tokens))
         for source in range(len(node_of)):
             for place in range(len(places.members)):
@@ -190,8 +191,8 @@ def test_sections_do_not_overlap(node_of, meta):
                 first = int(layout.copies[source, place])
                 if source != places.rank:
                     taken.update(range(first, first + int(rows)))
-            first = int(layout.meta_in[source])
-            taken.update(range(first, first + int(counts.meta_rows[1][source]) * meta))
+            first = counts.tokens + int(layout.weights_at[1][source])
+            taken.update(range(first, first + int(counts.weight_rows[1][source]) * weights))
         assert taken == Counter(range(layout.at_experts[-1]))
 
 
