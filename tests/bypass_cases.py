@@ -177,6 +177,7 @@ def run_pass(case: Passage, dispatcher, rank: int, checkpointed: bool = False) -
         if hasattr(dispatcher.state, "plan"):
             noted["pilots"].append(dispatcher.state.plan.bins)
             noted["rows"] = dispatcher.state.plan.counts.rows[0]
+            noted["traffic"] = dispatcher._traffic(dispatcher.state.plan.counts)
         rows, weights = dispatcher.token_dispatch(rows, weights)
         rows, tokens_per_expert, weights = dispatcher.dispatch_postprocess(rows, weights)
         noted.update(arrived=rows.detach(), weights=weights.detach(), per_expert=tokens_per_expert)

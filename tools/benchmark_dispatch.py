@@ -13,6 +13,7 @@ routes demand: every route to another node (alltoall), every (token, other node)
 
 --emulate-nodes lets NCCL believe that the GPUs of this host are spread over nodes: it uses NVLink inside such a node
 and TCP sockets on the loopback device between them, about 5 GB/s a rank. The bytes are real, the network is slow.
+With fewer GPUs than ranks, nodes share them: start nvidia-cuda-mps-control -d first, or they also take turns.
 With gloo, nodes are a division of the ranks; times say nothing about networks there.
 
 examples:
@@ -119,7 +120,6 @@ def start(args: Namespace) -> None:
         logging.getLogger("megatron.core.tensor_parallel.random").setLevel(logging.ERROR)
     else:
         args.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-        torch.cuda.set_device(args.device)
     from megatron_xmoe.parallel_state import parse_ranks_per_node
 
     try:
@@ -129,9 +129,16 @@ def start(args: Namespace) -> None:
         raise UserError(str(error)) from error
     if args.emulate_nodes:
         node = next(n for n in range(len(sizes)) if rank < sum(sizes[: n + 1]))
+        if torch.cuda.device_count() < world:
+            args.device = torch.device("cuda", rank - sum(sizes[:node]))
         os.environ.update(NCCL_HOSTID=f"node{node}", NCCL_SOCKET_IFNAME="lo", NCCL_SOCKET_NTHREADS="8",
                           NCCL_NSOCKS_PERTHREAD="4")  # fmt: skip
         args.ranks_per_node = [args.emulate_nodes]
+    if args.device.type == "cuda":
+        if args.device.index >= torch.cuda.device_count():
+            raise UserError(f"rank {rank} needs GPU {args.device.index}, and there are {torch.cuda.device_count()}. "
+                            "Fix: start fewer processes, or let smaller emulated nodes share the GPUs")  # fmt: skip
+        torch.cuda.set_device(args.device)
     dist.init_process_group("gloo" if args.device.type == "cpu" else "nccl")
     from megatron.core import parallel_state
 

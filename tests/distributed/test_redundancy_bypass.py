@@ -90,7 +90,7 @@ def check_exchanges(case: Passage, rank: int, result: dict) -> None:
 
 def check_rows(case: Passage, rank: int, result: dict) -> None:
     """A row for each (token, remote node) and (token, other rank of the node); at most 16 bytes a route besides, and
-    back as many rows as a weight for each route takes."""
+    back as many rows as a weight for each route takes. What the metrics get are rows and bytes of the exchanges."""
     world = tuple(range(len(case.node_of)))
     calls = [call for part in ("forward", "backward") for call in result["rbd"][part][0]]
     meta, dispatch, combine, combine_back, dispatch_back = (
@@ -108,6 +108,14 @@ def check_rows(case: Passage, rank: int, result: dict) -> None:
         if there not in abroad:
             here = routing_map[:, there * case.local : (there + 1) * case.local].any(dim=1)
             assert combine_back.sent[there] == (0 if there == rank else int(here.sum()))
+    others = [there for there in world if there not in (*abroad, rank)]
+    forwarded = sum(call.shape[0] for call in [c for c in result["rbd"]["forward"][0] if c.group != world][:1])
+    traffic, told = result["rbd"]["traffic"], 8 * (2 * max(map(case.node_of.count, case.node_of)) + case.local)
+    assert traffic.inter_rows == sum(dispatch.sent[there] for there in abroad)
+    assert traffic.intra_rows == sum(dispatch.sent[there] for there in others) + forwarded
+    assert traffic.row_bytes == row_bytes
+    assert traffic.inter_metadata == sum(4 * meta.sent[there] + told for there in abroad)
+    assert traffic.intra_metadata == sum(4 * meta.sent[there] + told for there in others)
     for ranks in (abroad, sorted({*world} - {*abroad})):
         of_ranks = sum(routes[there] for there in ranks)
         metadata = 4 * sum(meta.sent[there] for there in ranks)
