@@ -13,7 +13,6 @@ namespace {
 using at::Tensor;
 using xmoe::check;
 using xmoe::require;
-using xmoe::Units;
 
 const int64_t* longs(const char* name, const Tensor& x, int64_t dim, const Tensor& first) {
     check(name, x, dim, first);
@@ -37,16 +36,15 @@ void on_device(const Tensor& first, int64_t stream, Body body) {
     xmoe::launch(first, stream, [&] { body(loop); }, body);
 }
 
+const uint8_t* bytes_of(const char* name, const Tensor& x, const Tensor& first) {
+    check(name, x, 1, first);
+    TORCH_CHECK_VALUE(x.scalar_type() == at::kByte, name, " has dtype ", x.scalar_type(), "; it must be uint8");
+    return x.const_data_ptr<uint8_t>();
+}
+
 int64_t weight_words(int64_t weight_bytes) {
     require("weights must be of 4 or 8 bytes", weight_bytes == 4 || weight_bytes == 8);
     return weight_bytes / 4;
-}
-
-Units units_of(const Tensor& units, int64_t weight_bytes) {
-    check("units", units, 1, units);
-    const int64_t bytes = units.element_size();
-    require("units must be of 2 or 4 bytes", bytes == 2 || bytes == 4);
-    return {bytes, weight_words(weight_bytes) * 4 / bytes};
 }
 
 Tensor new_weights(int64_t total, int64_t weight_bytes, const Tensor& like) {
@@ -154,26 +152,28 @@ Tensor parts_of_sums(const Tensor& segment, const Tensor& number, const Tensor& 
     return table;
 }
 
-void write_weights(const Tensor& units, const Tensor& segment, const Tensor& weights, const Tensor& begins,
+void write_weights(const Tensor& bytes, const Tensor& segment, const Tensor& weights, const Tensor& begins,
                    int64_t stream) {
-    check("weights", weights, 1, units);
-    const Units of = units_of(units, weights.element_size());
-    const int64_t *at = longs("segment", segment, 1, units), *first = longs("begins", begins, 1, units);
-    on_device(units, stream, [&](auto s) {
-        xmoe::write_weights(units.data_ptr(), at, weights.const_data_ptr(), first, segment.size(0), of, s);
+    check("weights", weights, 1, bytes);
+    bytes_of("bytes", bytes, bytes);
+    const int64_t size = 4 * weight_words(weights.element_size());
+    const int64_t *at = longs("segment", segment, 1, bytes), *first = longs("begins", begins, 1, bytes);
+    const auto* from = static_cast<const uint8_t*>(weights.const_data_ptr());
+    on_device(bytes, stream, [&](auto s) {
+        xmoe::write_weights(bytes.data_ptr<uint8_t>(), at, from, first, segment.size(0), size, s);
     });
 }
 
-Tensor read_weights(const Tensor& units, const Tensor& expert_ids, const Tensor& begins, int64_t experts_per_rank,
+Tensor read_weights(const Tensor& bytes, const Tensor& expert_ids, const Tensor& begins, int64_t experts_per_rank,
                     int64_t weight_bytes, int64_t stream) {
-    const Units of = units_of(units, weight_bytes);
-    const int32_t* experts = ints("expert_ids", expert_ids, 1, units);
-    const int64_t* first = longs("begins", begins, 1, units);
+    const uint8_t* from = bytes_of("bytes", bytes, bytes);
+    const int32_t* experts = ints("expert_ids", expert_ids, 1, bytes);
+    const int64_t *first = longs("begins", begins, 1, bytes), size = 4 * weight_words(weight_bytes);
     const int64_t total = expert_ids.size(0);
-    Tensor weights = new_weights(total, weight_bytes, units);
-    on_device(units, stream, [&](auto s) {
-        xmoe::read_weights(units.const_data_ptr(), experts, first, experts_per_rank, total, weights.data_ptr(), of, s);
-    });
+    Tensor weights = new_weights(total, weight_bytes, bytes);
+    auto* to = static_cast<uint8_t*>(weights.data_ptr());
+    on_device(bytes, stream,
+              [&](auto s) { xmoe::read_weights(from, experts, first, experts_per_rank, total, to, size, s); });
     return weights;
 }
 

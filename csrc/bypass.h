@@ -1,6 +1,6 @@
 // Index arithmetic of redundancy bypassing: which rows a rank sends, what it tells of them, and what it reads of what
 // others tell. The functions are those of megatron_xmoe/kernels/reference_bypass.py, where tables and letters are
-// explained. Bins have a table's last entry for -1. Metadata are words of 4 bytes; rows are seen as units of 2 or 4 bytes.
+// explained. Bins have a table's last entry for -1. Metadata are words of 4 bytes.
 #pragma once
 
 #include "dtypes.h"
@@ -57,7 +57,7 @@ void sources_of_rows(const int64_t* bins, const int32_t* number, const int64_t* 
                      int64_t K, int64_t rows, int64_t* sources, Stream stream);
 
 struct Meta {
-    int32_t* meta;
+    int32_t* out;
     const int64_t* bins;  // [entries], as number and pilot_number
     const int32_t* number;
     const int32_t* pilot_number;
@@ -73,7 +73,7 @@ void write_meta(const Meta& meta, Stream stream);
 
 // What arrived in segments: the i-th thing is in the segment whose end is the first above i.
 struct Segments {
-    const int32_t* meta;
+    const int32_t* in;
     const int64_t* ends;    // [count]
     const int64_t* begins;  // [count], less the things before the segment
     int64_t count, total;
@@ -115,16 +115,12 @@ template <typename Stream>
 void parts_of_sums(const Forwarded& forwarded, int64_t first, int64_t rows, int64_t members, int64_t local,
                    int64_t* table, Stream stream);
 
-// Bytes of a unit, and units of a routing weight.
-struct Units {
-    int64_t bytes, weight;
-};
-
+// Weights among the bytes of rows, of `size` bytes each.
 template <typename Stream>
-void write_weights(void* units, const int64_t* segment, const void* weights, const int64_t* begins, int64_t total,
-                   Units of, Stream stream);
+void write_weights(uint8_t* bytes, const int64_t* segment, const uint8_t* weights, const int64_t* begins, int64_t total,
+                   int64_t size, Stream stream);
 template <typename Stream>
-void read_weights(const void* units, const int32_t* expert_ids, const int64_t* begins, int64_t experts_per_rank,
-                  int64_t total, void* weights, Units of, Stream stream);
+void read_weights(const uint8_t* bytes, const int32_t* expert_ids, const int64_t* begins, int64_t experts_per_rank,
+                  int64_t total, uint8_t* weights, int64_t size, Stream stream);
 
 }  // namespace xmoe

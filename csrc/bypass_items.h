@@ -73,9 +73,9 @@ XMOE_ITEM int64_t told_at(const Choice& c, int64_t i, Count count) {
     return c.tokens_per_expert[rank * local + column - 2 * c.width];
 }
 
-template <typename U>
-XMOE_ITEM void copy_units(const U* from, U* to, int64_t count) {
-    for (int64_t u = 0; u < count; ++u) to[u] = from[u];
+template <typename T>
+XMOE_ITEM void copy_all(const T* from, T* to, int64_t count) {
+    for (int64_t i = 0; i < count; ++i) to[i] = from[i];
 }
 
 // The first segment that ends above i.
@@ -109,11 +109,11 @@ struct MetaItem {
 
     XMOE_ITEM void operator()(int64_t i) const {
         const int64_t first = m.list_out[m.bins[i] < 0 ? m.none : m.bins[i]];
-        if (first < kNowhere) m.meta[first + m.number[i]] = m.pilot_number[i];
+        if (first < kNowhere) m.out[first + m.number[i]] = m.pilot_number[i];
         if (i >= m.routes) return;
-        int32_t* at = m.meta + m.routes_out[m.expert_ids[i] / m.experts_per_rank] + i * (1 + m.weight_words);
+        int32_t* at = m.out + m.routes_out[m.expert_ids[i] / m.experts_per_rank] + i * (1 + m.weight_words);
         at[0] = m.words[i];
-        copy_units(m.weights + i * m.weight_words, at + 1, m.weight_words);
+        copy_all(m.weights + i * m.weight_words, at + 1, m.weight_words);
     }
 };
 
@@ -123,7 +123,7 @@ struct ListItem {
 
     XMOE_ITEM void operator()(int64_t i) const {
         const int64_t segment = segment_of(from, i);
-        const int32_t number = from.meta[from.begins[segment] + i];
+        const int32_t number = from.in[from.begins[segment] + i];
         lists.segment[i] = segment;
         lists.number[i] = number;
         lists.pilots[i] = lists.list_rows[2 * segment] + number;
@@ -136,7 +136,7 @@ struct RecordItem {
 
     XMOE_ITEM void operator()(int64_t i) const {
         const int64_t segment = segment_of(from, i);
-        const int32_t* at = from.meta + from.begins[segment] + i * (1 + r.weight_words);
+        const int32_t* at = from.in + from.begins[segment] + i * (1 + r.weight_words);
         const int32_t word = at[0], slots = int32_t(r.slots), width = int32_t(r.width);
         const int32_t whole = word / slots, number = whole / width;
         const int64_t copy = r.sources[segment] + whole % width;
@@ -145,7 +145,7 @@ struct RecordItem {
         r.number[i] = number;
         r.slotted[i] = number * slots + word % slots;
         r.rows[i] = r.copies[copy] + number;
-        copy_units(at + 1, r.weights + i * r.weight_words, r.weight_words);
+        copy_all(at + 1, r.weights + i * r.weight_words, r.weight_words);
     }
 };
 
@@ -172,39 +172,29 @@ struct PartItem {
     }
 };
 
-template <typename U>
 struct WriteWeightItem {
-    U* units;
+    uint8_t* bytes;
     const int64_t* segment;
-    const U* weights;
+    const uint8_t* weights;
     const int64_t* begins;
-    Units of;
+    int64_t size;
 
     XMOE_ITEM void operator()(int64_t i) const {
-        copy_units(weights + i * of.weight, units + begins[segment[i]] + i * of.weight, of.weight);
+        copy_all(weights + i * size, bytes + begins[segment[i]] + i * size, size);
     }
 };
 
-template <typename U>
 struct ReadWeightItem {
-    const U* units;
+    const uint8_t* bytes;
     const int32_t* expert_ids;
     const int64_t* begins;
     int64_t experts_per_rank;
-    U* weights;
-    Units of;
+    uint8_t* weights;
+    int64_t size;
 
     XMOE_ITEM void operator()(int64_t i) const {
-        const int64_t at = begins[expert_ids[i] / experts_per_rank] + i * of.weight;
-        copy_units(units + at, weights + i * of.weight, of.weight);
+        copy_all(bytes + begins[expert_ids[i] / experts_per_rank] + i * size, weights + i * size, size);
     }
 };
-
-// Calls f with a unit of the right size.
-template <typename F>
-void for_unit(Units of, F&& f) {
-    if (of.bytes == 2) return f(int16_t{});
-    return f(int32_t{});
-}
 
 }  // namespace xmoe

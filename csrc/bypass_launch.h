@@ -44,23 +44,15 @@ void parts_of_sums(const Forwarded& forwarded, int64_t first, int64_t rows, int6
 }
 
 template <>
-void write_weights(void* units, const int64_t* segment, const void* weights, const int64_t* begins, int64_t total,
-                   Units of, Stream stream) {
-    for_unit(of, [&](auto u) {
-        using U = decltype(u);
-        run(stream, total,
-            WriteWeightItem<U>{static_cast<U*>(units), segment, static_cast<const U*>(weights), begins, of});
-    });
+void write_weights(uint8_t* bytes, const int64_t* segment, const uint8_t* weights, const int64_t* begins, int64_t total,
+                   int64_t size, Stream stream) {
+    run(stream, total, WriteWeightItem{bytes, segment, weights, begins, size});
 }
 
 template <>
-void read_weights(const void* units, const int32_t* expert_ids, const int64_t* begins, int64_t experts_per_rank,
-                  int64_t total, void* weights, Units of, Stream stream) {
-    for_unit(of, [&](auto u) {
-        using U = decltype(u);
-        run(stream, total, ReadWeightItem<U>{static_cast<const U*>(units), expert_ids, begins, experts_per_rank,
-                                             static_cast<U*>(weights), of});
-    });
+void read_weights(const uint8_t* bytes, const int32_t* expert_ids, const int64_t* begins, int64_t experts_per_rank,
+                  int64_t total, uint8_t* weights, int64_t size, Stream stream) {
+    run(stream, total, ReadWeightItem{bytes, expert_ids, begins, experts_per_rank, weights, size});
 }
 
 }  // namespace xmoe

@@ -9,7 +9,8 @@ class Traffic(NamedTuple):
     """What one forward pass of a layer sends for this rank's tokens; plain ints that the host knows anyway.
 
     A dispatcher fills it in after its one host synchronisation, from the split sizes. A row is the hidden state of a
-    token. The combine sends as many rows back, and the backward pass moves the same rows again.
+    token. The combine sends as many rows back, and the backward pass moves the same rows again, with gradients of
+    routing weights, which are not counted.
     """
 
     routes: int

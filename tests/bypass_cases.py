@@ -30,12 +30,16 @@ class Passage:
 
     hidden: int = 12
     dtype: torch.dtype = torch.float64
+    probs_dtype: torch.dtype | None = None
+    """Of the routing weights, if not that of the tokens."""
+
     pilot: str = "balanced"
     guard: bool = False
     capacity: float | None = None
 
     def __str__(self) -> str:
         extras = [self.kind] * (self.kind != "any") + [str(self.dtype)[6:]] * (self.dtype != torch.float64)
+        extras += [f"probs-{str(self.probs_dtype)[6:]}"] * (self.probs_dtype is not None)
         extras += [f"h{self.hidden}"] * (self.hidden != 12) + [self.pilot] * (self.pilot != "balanced")
         extras += ["guard"] * self.guard
         extras += [f"capacity{self.capacity}"] * (self.capacity is not None)
@@ -137,6 +141,13 @@ def listening() -> Iterator[tuple[list[Call], list[str]]]:
         yield calls, transfers
 
 
+def counting_tables() -> mock.MagicMock:
+    """Counts the tables that redundancy bypassing makes on the host."""
+    from megatron_xmoe.dispatch.bypass_plan import Plan
+
+    return mock.patch.object(Plan, "_on_device", autospec=True, side_effect=Plan._on_device)
+
+
 def dispatcher_of(case: Passage, kind: str, rank: int):
     """The plain dispatcher or the bypassing one, for the whole world as one expert-parallel group."""
     from megatron.core import parallel_state
@@ -168,7 +179,7 @@ def dispatcher_of(case: Passage, kind: str, rank: int):
 def run_pass(case: Passage, dispatcher, rank: int, checkpointed: bool = False) -> dict:
     """Forward and backward through dispatch, experts and combine, in the case's dtype."""
     x, routing_map, probs, grad = input_of(case, rank)
-    x, probs = (t.to(case.dtype).requires_grad_() for t in (x, probs))
+    x, probs = x.to(case.dtype).requires_grad_(), probs.to(case.probs_dtype or case.dtype).requires_grad_()
     matrices = weights_of(case)[rank * case.local : (rank + 1) * case.local].to(case.dtype).requires_grad_()
     noted = {"pilots": []}
 
@@ -183,19 +194,19 @@ def run_pass(case: Passage, dispatcher, rank: int, checkpointed: bool = False) -
         noted.update(arrived=rows.detach(), weights=weights.detach(), per_expert=tokens_per_expert)
         parts = rows.split(tokens_per_expert.tolist())
         outputs = torch.cat([torch.tanh(part @ a.T) for part, a in zip(parts, matrices, strict=True)])
-        outputs = outputs * weights.unsqueeze(1)
+        outputs = (outputs * weights.unsqueeze(1)).to(case.dtype)
         return dispatcher.combine_postprocess(dispatcher.token_combine(dispatcher.combine_preprocess(outputs)))
 
     random_state = torch.get_rng_state()
-    with listening() as (calls, transfers):
+    with listening() as (calls, transfers), counting_tables() as tables:
         if checkpointed:
             output = torch.utils.checkpoint.checkpoint(passing, x, probs, matrices, use_reentrant=False)
         else:
             output = passing(x, probs, matrices)
-        noted["forward"] = list(calls), list(transfers)
-    with listening() as (calls, transfers):
+        noted["forward"] = list(calls), list(transfers), tables.call_count
+    with listening() as (calls, transfers), counting_tables() as tables:
         output.backward(grad.to(case.dtype))
-        noted["backward"] = list(calls), list(transfers)
+        noted["backward"] = list(calls), list(transfers), tables.call_count
     assert torch.equal(random_state, torch.get_rng_state()), "a random state was used"
     assert dispatcher.state is None or checkpointed
     return noted | {"output": output.detach(), "x": x.grad, "probs": probs.grad, "matrices": matrices.grad}

@@ -157,9 +157,9 @@ STAGES = (
 def stage_times(wire: Wire) -> dict[str, float]:
     """Milliseconds of each stage of a forward pass whose exchanges ran one by one.
 
-    The plain dispatcher has one exchange for rows; it is counted as between nodes, wherever the rows go. So is that of
-    redundancy bypassing over the whole group, which has the copies for the own node, too; inside the node is then what
-    pilots' ranks pass on.
+    Exchanges of rows, and of metadata, over the whole group are counted as between nodes, wherever they go: those of
+    the plain dispatcher, and those of redundancy bypassing, which have the copies for the own node, too; inside the
+    node is then what pilots' ranks pass on.
     """
 
     def exchanged(parts, within=None):

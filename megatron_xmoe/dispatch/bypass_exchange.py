@@ -82,9 +82,10 @@ def finish_dispatch(underway: Underway, plan: Plan, links: Links, dtype: torch.d
 
     Args: `dtype` of the routing weights.
     """
+    tables = plan.there  # made while the metadata is on its way
     meta = underway.meta.wait()
-    *lists, pilots = bypass_plan.read_lists(plan, meta)
-    *routes, of_routes, weights = bypass_plan.read_routes(plan, meta)
+    *lists, pilots = bypass_plan.read_lists(plan, tables, meta)
+    *routes, of_routes, weights = bypass_plan.read_routes(plan, tables, meta)
     rows = _forward(underway.rows, underway.direct, pilots, of_routes, plan, links)
     return Arrived(rows, weights.to(dtype), Found(*routes, *lists))
 

@@ -28,7 +28,7 @@ from megatron_xmoe.dispatch.bypass_tables import (
 from megatron_xmoe.dispatch.layout import Counts, Layout
 from megatron_xmoe.dispatch.pilots import Places
 from megatron_xmoe.ops.bypass import Numbered, operation
-from megatron_xmoe.ops.raw_bits import units_of
+from megatron_xmoe.ops.raw_bits import bytes_of
 
 
 @dataclass(frozen=True)
@@ -142,19 +142,19 @@ def write_meta(weights: Tensor, copies: Numbered, plan: Plan) -> Tensor:
     return meta[:words]
 
 
-def read_lists(plan: Plan, meta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def read_lists(plan: Plan, tables: InTables, meta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The lists of rows to forward: Found's `list_segment` and `list_number`, and the rows [F] of their pilots, from
     metadata [words] that arrived."""
-    tables = plan.there
     return operation("read_lists", meta)(
         meta, tables.list_ends, tables.list_in, tables.list_rows, plan.received[1]
     )
 
 
-def read_routes(plan: Plan, meta: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def read_routes(
+    plan: Plan, tables: InTables, meta: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Found's `segment`, `copy`, `number` and `slotted`, the row [M] of each route's copy and the weights [M] in the
     wire's type, from metadata [words] that arrived."""
-    tables = plan.there
     return operation("read_routes", meta)(
         meta, tables.route_ends, tables.routes_in, tables.sources, tables.copies, plan.received[0],
         plan.places.width, plan.slots, plan.counts.weight_bytes,
@@ -187,12 +187,12 @@ def parts_of_sums(plan: Plan, found: Found, tables: RowTables, layout: Layout) -
 
 def return_weights(plan: Plan, found: Found, weights: Tensor, rows: Tensor) -> None:
     """Write weights [M] of received routes into the direct `rows` that return to where they came from."""
-    operation("write_weights", rows)(units_of(rows), found.segment, weights.contiguous(), plan.gradient.weights_in)
+    operation("write_weights", rows)(bytes_of(rows), found.segment, weights.contiguous(), plan.gradient.weights_in)
 
 
 def returned_weights(plan: Plan, rows: Tensor) -> Tensor:
     """The weights [N] of sent routes that returned among the direct `rows`, in the wire's type."""
     return operation("read_weights", rows)(
-        units_of(rows), plan.expert_ids, plan.gradient.weights_out, plan.places.experts_per_rank,
+        bytes_of(rows), plan.expert_ids, plan.gradient.weights_out, plan.places.experts_per_rank,
         plan.counts.weight_bytes,
     )  # fmt: skip

@@ -12,11 +12,10 @@ from torch import Tensor
 from megatron_xmoe.dispatch.layout import Layout, starts
 from megatron_xmoe.dispatch.pilots import Places
 from megatron_xmoe.ops.bypass import FAR
-from megatron_xmoe.ops.raw_bits import unit_bytes
 
 
 # Tables on the device, int64. Lists, records and weights begin at a position, less those before them: for numbers of
-# all. Those of metadata are words; those of weights are units of the direct rows, see ops.raw_bits.
+# all. Those of metadata are words; those of weights are bytes of the direct rows.
 @dataclass(frozen=True)
 class OutTables:
     """What a rank needs to send."""
@@ -92,7 +91,7 @@ def out_tables(layout: Layout) -> dict[str, ndarray]:
     list_out = np.full(places.ranks * places.width + 2, FAR)
     list_out[:-2] = (begins[:, None] + starts(counts.lists[0], 1)).ravel()
     list_out[places.own_bins] = FAR
-    routes_out = begins + counts.list_sizes[0] - starts(counts.route_sizes[0]) * counts.record
+    routes_out = begins + counts.list_sizes[0] - starts(counts.route_sizes[0]) * counts.record_words
     return {"sends": by_bin(places, layout.sent_to), "list_out": list_out, "routes_out": routes_out}
 
 
@@ -111,12 +110,14 @@ def row_tables(layout: Layout) -> dict[str, ndarray]:
 def in_tables(layout: Layout, arrival_order: bool) -> dict[str, ndarray]:
     """See InTables."""
     counts, members = layout.counts, len(layout.counts.places.members)
-    begins, lists = starts(counts.meta_words[1]), counts.lists[1, :, :members]
-    list_in, list_sizes = begins[:, None] + starts(lists, 1), lists.T.ravel()
-    routes_in, sizes = segments(begins + counts.list_sizes[1], counts.routes[1], counts.record, arrival_order)
+    begins = starts(counts.meta_words[1])
+    list_in, list_sizes = segments(begins, counts.lists[1, :, :members], 1, by_source=False)
+    routes_in, sizes = segments(
+        begins + counts.list_sizes[1], counts.routes[1], counts.record_words, arrival_order
+    )
     sources = np.broadcast_to(np.arange(len(begins))[:, None] * members, counts.routes[1].shape)
     return row_tables(layout) | {
-        "list_in": list_in.T.ravel() - starts(list_sizes),
+        "list_in": list_in,
         "list_ends": list_sizes.cumsum(),
         "routes_in": routes_in,
         "route_ends": sizes.cumsum(),
@@ -126,23 +127,22 @@ def in_tables(layout: Layout, arrival_order: bool) -> dict[str, ndarray]:
 
 def weight_tables(layout: Layout, arrival_order: bool) -> dict[str, ndarray]:
     """See WeightTables."""
-    counts, unit = layout.counts, unit_bytes(layout.counts.row_bytes)
-    size = counts.weight_bytes // unit
-    sent, arrived = layout.weights_at * (counts.row_bytes // unit)
+    counts, size = layout.counts, layout.counts.weight_bytes
+    sent, arrived = layout.weights_at * counts.row_bytes
     return row_tables(layout) | {
         "weights_in": segments(arrived, counts.routes[1], size, arrival_order)[0],
         "weights_out": sent - starts(counts.route_sizes[0]) * size,
     }
 
 
-def segments(begins: ndarray, sizes: ndarray, length: int, arrival_order: bool) -> tuple[ndarray, ndarray]:
-    """[L * G] of each segment in the order of the routes received: where what it has of them begins, less what is
-    before; its routes.
+def segments(begins: ndarray, sizes: ndarray, length: int, by_source: bool) -> tuple[ndarray, ndarray]:
+    """Of segments, by source and one of its X parts or the other way round, [G * X] or [X * G]: where each begins, less
+    what is before it; its size.
 
-    Args: where each source's begins [G]; routes [G, L]; what a route takes there.
+    Args: where each source begins [G]; sizes [G, X]; the length of each of so many things.
     """
     begins = begins[:, None] + starts(sizes, 1) * length
-    if not arrival_order:
+    if not by_source:
         begins, sizes = begins.T, sizes.T
     sizes = sizes.ravel()
     return begins.ravel() - starts(sizes) * length, sizes

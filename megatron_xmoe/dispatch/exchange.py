@@ -51,8 +51,8 @@ def start_exchange(
     """Start an uneven all-to-all and return at once.
 
     Args:
-        output: [sum(output_splits), H], contiguous; written by the time that `wait` allows it to be read.
-        rows: [sum(input_splits), H].
+        output: [sum(output_splits), ...], contiguous; written by the time that `wait` allows it to be read.
+        rows: [sum(input_splits), ...].
         output_splits, input_splits: rows from and for each rank of the group.
         guard: never exchange nothing at all (see above).
         own_stream: on a GPU, run on the group's stream, so that the current one can go on.

@@ -26,6 +26,19 @@ from megatron_xmoe.dispatch.pilots import Places
 
 
 @dataclass(frozen=True)
+class Splits:
+    """Rows, or words, to and from each rank of a group."""
+
+    sent: list[int]
+    received: list[int]
+
+    @property
+    def back(self) -> "Splits":
+        """The same exchange in the other direction."""
+        return Splits(self.received, self.sent)
+
+
+@dataclass(frozen=True)
 class Counts:
     """What this rank sends and receives: int64 arrays on the host, whose first index is 0 for sent, 1 for received."""
 
@@ -73,14 +86,14 @@ class Counts:
         return self.routes.sum(2)
 
     @property
-    def record(self) -> int:
-        """Words of a record."""
+    def record_words(self) -> int:
+        """Of a route: its word and its weight."""
         return 1 + self.weight_bytes // 4
 
     @cached_property
     def meta_words(self) -> ndarray:
         """[2, G]: words of indices and routing weights."""
-        return self.list_sizes + self.record * self.route_sizes
+        return self.list_sizes + self.record_words * self.route_sizes
 
     @cached_property
     def weight_rows(self) -> ndarray:
@@ -88,22 +101,9 @@ class Counts:
         return (self.weight_bytes * self.route_sizes + self.row_bytes - 1) // self.row_bytes
 
     @cached_property
-    def meta(self) -> "Splits":
+    def meta(self) -> Splits:
         """Words over the group."""
         return Splits(*self.meta_words.tolist())
-
-
-@dataclass(frozen=True)
-class Splits:
-    """Rows to and from each rank of a group."""
-
-    sent: list[int]
-    received: list[int]
-
-    @property
-    def back(self) -> "Splits":
-        """The same exchange in the other direction."""
-        return Splits(self.received, self.sent)
 
 
 @dataclass(frozen=True)

@@ -38,9 +38,9 @@ LARGEST_WORD = 2**31 - 1
 class RedundancyBypassDispatcher(PaddingFreeDispatcher):
     """Sends a token once to each other node and once to each rank of a node, and sums its results the same way back.
 
-    Six exchanges forward: counts; indices and routing weights, at most 16 bytes a route; pilots to other nodes, and
-    copies inside the own one; copies of what other nodes sent; and two for the way back. Four backward. The counts say
-    the sizes of all of them, so the host waits for the device once, and not at all in the backward pass.
+    Six exchanges forward: counts; indices and routing weights, in sum at most 16 bytes a route; pilots to other nodes,
+    and copies inside the own one; copies of what other nodes sent; and two for the way back. Four backward. The counts
+    say the sizes of all of them, so the host waits for the device once, and not at all in the backward pass.
 
     Experts get their rows in the same order as from the plain dispatcher. Sums are rounded once on each level.
     """
@@ -132,6 +132,7 @@ class RedundancyBypassDispatcher(PaddingFreeDispatcher):
         if self.overlap and self.shared_experts is not None:
             self.shared_experts.linear_fc1_forward_and_act()
         arrived = finish_dispatch(underway, plan, self.links, probs.dtype)
+        del underway  # the rows as they arrived
         if torch.is_grad_enabled():
             plan.prepare_gradient()
         self.state = replace(self.state, copies=None, found=arrived.found)

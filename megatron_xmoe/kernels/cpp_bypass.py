@@ -49,14 +49,14 @@ def parts_of_sums(segment: Tensor, *args) -> Tensor:
     return _call("parts_of_sums", segment, *args)
 
 
-def write_weights(units: Tensor, *args) -> None:
+def write_weights(rows: Tensor, *args) -> None:
     """See `kernels.reference_bypass.write_weights`."""
-    _call("write_weights", units, *args)
+    _call("write_weights", rows, *args)
 
 
-def read_weights(units: Tensor, *args) -> Tensor:
+def read_weights(rows: Tensor, *args) -> Tensor:
     """See `kernels.reference_bypass.read_weights`."""
-    return _call("read_weights", units, *args)
+    return _call("read_weights", rows, *args)
 
 
 def _call(name: str, first: Tensor, *args):

@@ -7,7 +7,7 @@ received, F rows to forward, S segments.
 A *bin* is what copies are numbered by: rank * R + place of who gets it, where rank is that of the pilot; G * R for
 copies that stay, -1 for none. A table by bin has G * R + 2 entries, so that -1 is its last one. Negative indices count
 from the end, as torch has it. Metadata are 4-byte words: lists of rows to forward, and *records* of a word and a
-weight. Rows with weights are seen as flat arrays of *units*, see `ops.raw_bits`.
+weight.
 """
 
 import torch
@@ -104,7 +104,7 @@ def write_meta(
         local: L.
     """
     meta[(list_out[bins] + number).clamp_(max=meta.shape[0] - 1)] = pilot_number
-    records = torch.cat([words[: weights.shape[0], None], as_units(weights, torch.int32)], dim=1)
+    records = torch.cat([words[: weights.shape[0], None], raw(weights, torch.int32)], dim=1)
     meta[_consecutive(routes_out[expert_ids // local], records.shape[1])] = records
 
 
@@ -138,7 +138,7 @@ def read_routes(
     at = _consecutive(routes_in[segment], 1 + weight_bytes // 4)
     place, number, slotted = read_words(meta[at[:, 0]], width, slots)
     copy = sources[segment] + place
-    weights = read_units(meta, at[:, 1:], _weight_dtype(weight_bytes))
+    weights = numbers(meta[at[:, 1:]], _weight_dtype(weight_bytes))
     return segment, copy, number, slotted, copies[copy] + number, weights
 
 
@@ -173,31 +173,31 @@ def parts_of_sums(
     return table
 
 
-def write_weights(units: Tensor, segment: Tensor, weights: Tensor, begins: Tensor) -> None:
-    """Write weights [M] of received routes into rows seen as units.
+def write_weights(rows: Tensor, segment: Tensor, weights: Tensor, begins: Tensor) -> None:
+    """Write weights [M] of received routes into the bytes of rows, uint8.
 
     Args: segment [M] of each route; begins [S] where a segment's weights begin, less those before them.
     """
-    units[_consecutive(begins[segment], weights.itemsize // units.itemsize)] = as_units(weights, units.dtype)
+    rows[_consecutive(begins[segment], weights.itemsize)] = raw(weights, torch.uint8)
 
 
-def read_weights(units: Tensor, expert_ids: Tensor, begins: Tensor, local: int, weight_bytes: int) -> Tensor:
-    """The weights [N] of sent routes out of rows seen as units.
+def read_weights(rows: Tensor, expert_ids: Tensor, begins: Tensor, local: int, weight_bytes: int) -> Tensor:
+    """The weights [N] of sent routes out of the bytes of rows, uint8.
 
     Args: expert_ids [N]; begins [G] where a rank's weights begin, less those before them; L; 4 for fp32, 8 for fp64.
     """
-    at = _consecutive(begins[expert_ids // local], weight_bytes // units.itemsize)
-    return read_units(units, at, _weight_dtype(weight_bytes))
+    at = _consecutive(begins[expert_ids // local], weight_bytes)
+    return numbers(rows[at], _weight_dtype(weight_bytes))
 
 
-def as_units(values: Tensor, unit: torch.dtype) -> Tensor:
-    """Numbers [...] as units [..., n]."""
-    return values.contiguous().unsqueeze(-1).view(unit)
+def raw(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """The bits of numbers [N] as [N, n] of a smaller type."""
+    return values.contiguous().unsqueeze(1).view(dtype)
 
 
-def read_units(units: Tensor, index: Tensor, dtype: torch.dtype) -> Tensor:
-    """Numbers [N] of `dtype`, whose units are at `index` [N, n]."""
-    return units[index].view(dtype).squeeze(1)
+def numbers(bits: Tensor, dtype: torch.dtype) -> Tensor:
+    """Numbers [N] of `dtype`, whose bits are [N, n]."""
+    return bits.view(dtype).squeeze(1)
 
 
 def _consecutive(first: Tensor, size: int) -> Tensor:

@@ -35,6 +35,8 @@ CASES = [
     Passage(TWO, 8, 3, (2, 0, 4, 1), guard=True),
     Passage(INTERLEAVED, 8, 2, UNEVEN, "all to the first rank", guard=True),
     *(Passage(TWO, 8, 3, UNEVEN, hidden=hidden, dtype=torch.bfloat16) for hidden in (1, 7, 16)),
+    *(Passage(TWO, 8, 3, UNEVEN, dtype=torch.bfloat16, probs_dtype=dtype) for dtype in (torch.float32, torch.float64)),
+    Passage(THREE_ONE, 8, 3, UNEVEN, hidden=7, dtype=torch.bfloat16, probs_dtype=torch.float64),
     Passage(TWO, 64, 6, (400, 400, 400, 400), hidden=2, dtype=torch.float32),  # enough to count shares
 ]
 RECOMPUTED = (Passage(TWO, 8, 3, UNEVEN), Passage(INTERLEAVED, 8, 8, (2, 2, 2, 2)))
@@ -80,12 +82,13 @@ def check_gradients(case: Passage, ranks: list[dict]) -> None:
 
 
 def check_exchanges(case: Passage, rank: int, result: dict) -> None:
-    """Six exchanges forward and four backward, and one transfer to the host."""
+    """Six exchanges forward and four backward, and one transfer to the host; all tables are made forward."""
     forward, backward = result["rbd"]["forward"], result["rbd"]["backward"]
     alone = case.node_of.count(case.node_of[rank]) == 1  # a group of one exchanges nothing
     assert (len(forward[0]), len(backward[0])) == ((4, 2) if alone else (6, 4))
     # one look at what was transferred
     assert forward[1] == ["cpu", "numpy"] and backward[1] == []
+    assert (forward[2], backward[2]) == (3, 0)
 
 
 def check_rows(case: Passage, rank: int, result: dict) -> None:
@@ -100,7 +103,8 @@ def check_rows(case: Passage, rank: int, result: dict) -> None:
     assert dispatch.sent == combine_back.sent
     routing_map = input_of(case, rank)[1]
     routes = [int(routing_map[:, there * case.local : (there + 1) * case.local].sum()) for there in world]
-    row_bytes, weight_bytes = case.hidden * case.dtype.itemsize, 8 if case.dtype == torch.float64 else 4
+    row_bytes = case.hidden * case.dtype.itemsize
+    weight_bytes = 8 if (case.probs_dtype or case.dtype) == torch.float64 else 4
     assert dispatch_back.received_rows == sum(dispatch.sent) + sum(-(-n * weight_bytes // row_bytes) for n in routes)
     abroad = [there for there in world if case.node_of[there] != case.node_of[rank]]
     assert sum(combine_back.sent[there] for there in abroad) == pairs_abroad(case, rank)
@@ -116,10 +120,11 @@ def check_rows(case: Passage, rank: int, result: dict) -> None:
     assert traffic.row_bytes == row_bytes
     assert traffic.inter_metadata == sum(4 * meta.sent[there] + told for there in abroad)
     assert traffic.intra_metadata == sum(4 * meta.sent[there] + told for there in others)
-    for ranks in (abroad, sorted({*world} - {*abroad})):
-        of_ranks = sum(routes[there] for there in ranks)
-        metadata = 4 * sum(meta.sent[there] for there in ranks)
-        assert (4 + weight_bytes) * of_ranks <= metadata <= (8 + weight_bytes) * of_ranks
+    copies = sum(int(routing_map.view(-1, len(world), case.local)[:, there].any(dim=1).sum()) for there in abroad)
+    words = sum(4 * meta.sent[there] for there in abroad)
+    assert words == (4 + weight_bytes) * sum(routes[there] for there in abroad) + 4 * (copies - traffic.inter_rows)
+    assert words <= 16 * sum(routes[there] for there in abroad)
+    assert all(4 * meta.sent[there] == (4 + weight_bytes) * routes[there] for there in (*others, rank))
 
 
 def pairs_abroad(case: Passage, rank: int) -> int:
@@ -193,7 +198,7 @@ def rows_of(passes) -> list:
 UNCOMPILED = [
     Passage(THREE_ONE, 8, 3, (0, 0, 5, 0)),
     Passage(TWO, 8, 3, UNEVEN, capacity=0.6),
-    Passage(TWO, 8, 3, UNEVEN, hidden=1, dtype=torch.bfloat16),  # units of two bytes
+    Passage(TWO, 8, 3, UNEVEN, hidden=1, dtype=torch.bfloat16),  # rows of two bytes
 ]
 
 

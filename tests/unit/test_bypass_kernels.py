@@ -64,8 +64,12 @@ def test_wrong_tensors_are_refused():
     for wrong in (given[0].long(), given[0].T):
         with pytest.raises(ValueError, match="inverse has"):
             cpp_bypass.number_copies(wrong, *given[1:])
-    with pytest.raises(ValueError, match="units must be of 2 or 4 bytes"):
+    with pytest.raises(ValueError, match="bytes has dtype Long; it must be uint8"):
         cpp_bypass.read_weights(torch.zeros(9, dtype=torch.int64), given[1], given[3], 1, 4)
+    with pytest.raises(ValueError, match="weights must be of 4 or 8 bytes"):
+        cpp_bypass.read_weights(torch.zeros(9, dtype=torch.uint8), given[1], given[3], 1, 2)
+    with pytest.raises(ValueError, match="meta has dtype Short; it must be int32"):
+        cpp_bypass.read_lists(torch.zeros(9, dtype=torch.int16), given[3], given[3], given[3].view(1, -1), 1)
 
 
 def test_every_backend_has_them():

@@ -8,9 +8,9 @@ from tolerances import assert_same
 
 from megatron_xmoe.dispatch.layout import Counts, Layout
 from megatron_xmoe.dispatch.pilots import Places, choose_copies, salt_of
-from megatron_xmoe.kernels.reference_bypass import as_units, read_units, read_words
+from megatron_xmoe.kernels.reference_bypass import read_weights, read_words, write_weights
 from megatron_xmoe.ops import build_routes
-from megatron_xmoe.ops.raw_bits import unit_bytes, units_of
+from megatron_xmoe.ops.raw_bits import bytes_of
 
 PLACEMENTS = [(0, 0, 1, 1), (0, 1, 0, 1), (0, 0, 0, 1), (0, 0, 0, 1, 1, 1, 1, 1), (0, 1, 2, 0, 1, 2), (0, 0, 1)]
 SIZES = [(1, 1), (1, 3), (3, 2), (2, 6), (4, 8)]  # experts of a rank, experts of a token
@@ -198,21 +198,12 @@ def test_sections_do_not_overlap(node_of, weights):
 
 @pytest.mark.parametrize("hidden", [1, 2, 3, 8, 13])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-def test_bits_survive_in_rows(dtype, hidden):
+def test_weights_survive_in_rows(dtype, hidden):
     """Any bits, NaNs and subnormal numbers among them, wherever they are put; the rest of the rows is left alone."""
-    rows = torch.ones(40, hidden, dtype=dtype)
-    before, unit = rows.clone(), unit_bytes(hidden * dtype.itemsize)
-    generator = torch.Generator().manual_seed(1)
-    integers = torch.randint(-(2**31), 2**31 - 1, (6,), generator=generator).to(torch.int32)
+    rows, start = torch.ones(40, hidden, dtype=dtype), 3
+    before, begins = rows.clone(), torch.tensor([start])
     weights = torch.tensor([0.1, float("nan"), -0.0, 1e-310, 3.0], dtype=torch.float64)
-    start = 3
-    integers_at = start + torch.arange(6 * 4 // unit).view(6, -1).flip(0)
-    weights_at = start + 6 * 4 // unit + torch.arange(5 * 8 // unit).view(5, -1)
-    units = torch.int32 if unit == 4 else torch.int16
-    for index, values in ((integers_at, integers), (weights_at, weights)):
-        units_of(rows)[index] = as_units(values, units)
-    assert_same(read_units(units_of(rows), integers_at, torch.int32), integers)
-    assert_same(read_units(units_of(rows), weights_at, torch.float64), weights)
-    end = start + (6 * 4 + 5 * 8) // unit
-    same = rows.view(-1).view(units) == before.view(-1).view(units)
-    assert same[:start].all() and same[end:].all()
+    write_weights(bytes_of(rows), torch.zeros(5, dtype=torch.int64), weights, begins)
+    assert_same(read_weights(bytes_of(rows), torch.zeros(5, dtype=torch.int32), begins, 1, 8), weights)
+    same = bytes_of(rows) == bytes_of(before)
+    assert same[:start].all() and same[start + 40 :].all()
