@@ -129,7 +129,6 @@ def test_layer(computed, placed):
         check(placed, results[placed], rank)
 
 
-@pytest.mark.slow
 def test_layers_of_eight_ranks():
     """Experts shared by tensor-parallel ranks; uneven nodes; several expert-parallel groups."""
     for rank, results in enumerate(harness.run_distributed(run_all, 8, LAYERS_OF_EIGHT, timeout=1200)):
